@@ -1,0 +1,471 @@
+"""The NVA's machine of one hot move: `step(record, event, now) -> (record, effects)`.
+
+Pure: no I/O, no clock. The shell journals the new record before it performs an effect, so after a
+crash `Start` finds the record and repeats what the present phase waits for; every order may be
+repeated. The state table is in spec/handover.md and tests/core walk all of it.
+
+    planned --prepared by new, old, peers--> staged -> precopy --old stopped--> paused
+      --new copy whole--> equal --compare-and-set--> committed --resumed--> running
+      -> converging --all subscribers acknowledged or fenced--> drained --guard--> closed
+
+Before `committed` every failure leads to `aborting` and the VM runs on at the old host; from
+`committed` on there is no way but forward.
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+import msgspec
+
+from overland.mobility.messages import (
+    Abort,
+    Acknowledged,
+    Activate,
+    AnyOrder,
+    Close,
+    Closed,
+    Commit,
+    CommitRefused,
+    Committed,
+    CoordinatorEffect,
+    CoordinatorEvent,
+    Digest,
+    Digested,
+    Failed,
+    Force,
+    GiveBack,
+    GivenBack,
+    Lost,
+    Prepared,
+    PrepareNew,
+    PrepareOld,
+    PreparePeer,
+    Progress,
+    Received,
+    Restore,
+    Restored,
+    Retire,
+    Running,
+    Send,
+    Start,
+    Steer,
+    Steered,
+    Stopped,
+    Tell,
+    Tick,
+)
+from overland.model.handover import (
+    ENDED,
+    LEGAL,
+    Acknowledgement,
+    Handover,
+    Packets,
+    Phase,
+    PhaseAt,
+    committed,
+)
+
+PREPARE_LIMIT_S = 20.0
+"""An NVE that has not prepared by then makes the move abort."""
+
+STOPPED_LIMIT_S = 5.0
+"""From STOP to the commit: the age bound of what is held at the new NVE (R-39)."""
+
+GIVE_BACK_LIMIT_S = 2.0
+"""How long an abort waits for the new NVE to send back what it holds."""
+
+CLOSE_LIMIT_S = 10.0
+"""How long closing waits for the counts of each NVE."""
+
+Step = tuple[Handover, tuple[CoordinatorEffect, ...]]
+
+
+def step(  # noqa: C901 - one row of the state table per event, nothing else
+    record: Handover, event: CoordinatorEvent, now_s: float, now_ns: int
+) -> Step:
+    """Return the next record and what to do, given `event`.
+
+    `now_s` is a monotonic clock for deadlines, `now_ns` CLOCK_REALTIME for the receipt. An event
+    that does not belong to the present phase changes nothing: late and repeated messages are
+    normal.
+    """
+    if record.phase in ENDED:
+        return record, ()
+    match event:
+        case Start():
+            return _start(record, now_s)
+        case Prepared():
+            return _prepared(record, event, now_s, now_ns)
+        case Failed() | Abort() | CommitRefused() | Lost():
+            return _failing(record, event, now_s, now_ns)
+        case Progress(memory=memory):
+            return msgspec.structs.replace(record, memory=memory), ()
+        case Stopped():
+            return _stopped(record, event, now_s, now_ns)
+        case Received(at_ns=at_ns):
+            return _received(record, at_ns, now_ns)
+        case Digested():
+            return _digested(record, event, now_ns, now_s)
+        case Steered(nve=nve, at_ns=at_ns):
+            return _steered(record, nve, at_ns), ()
+        case Committed():
+            return _committed(record, event, now_ns)
+        case Running():
+            return _running(record, event, now_s, now_ns)
+        case Acknowledged(nve=nve, at_ns=at_ns):
+            seen = Acknowledgement(nve=nve, at_ns=at_ns)
+            if committed(record.phase) and nve not in _names(record.acknowledged):
+                record = msgspec.structs.replace(record, acknowledged=(*record.acknowledged, seen))
+            return _converge(record, now_s, now_ns)
+        case GivenBack(nve=nve):
+            return _given_back(record, nve, now_s)
+        case Restored():
+            return _restored(record, now_s, now_ns)
+        case Closed():
+            return _closed(record, event, now_ns)
+        case Tick():
+            return _tick(record, now_s, now_ns)
+        case _:
+            assert_never(event)
+
+
+def involved(record: Handover) -> tuple[str, ...]:
+    """All NVEs of a move: old, new, then peers."""
+    return (record.old_nve, record.new_nve, *record.peers)
+
+
+def _names(seen: tuple[Acknowledgement, ...]) -> frozenset[str]:
+    return frozenset(each.nve for each in seen)
+
+
+def _enter(record: Handover, phase: Phase, now_ns: int) -> Handover:
+    assert phase in LEGAL[record.phase], f"{record.phase} -> {phase}"
+    entry = PhaseAt(phase=phase, at_ns=now_ns)
+    return msgspec.structs.replace(record, phase=phase, phases=(*record.phases, entry))
+
+
+def _tell(nve: str, order: AnyOrder) -> Tell:
+    return Tell(nve=nve, order=order)
+
+
+def _start(record: Handover, now_s: float) -> Step:
+    """Begin, or repeat what the present phase waits for after a restart of the NVA."""
+    move = record.id
+    match record.phase:
+        case "planned":
+            record = msgspec.structs.replace(
+                record,
+                waiting=frozenset(involved(record)),
+                deadline_s=now_s + PREPARE_LIMIT_S,
+            )
+            order = PrepareNew(move=move, vm=record.vm, version=record.version, ports=record.ports)
+            return record, (_tell(record.new_nve, order),)
+        case "staged" | "precopy" | "paused" | "equal":
+            # The NVA was away while memory moved. Whether the old copy still runs is known only
+            # there; going back is always safe before the commit.
+            return _abort(record, "the NVA restarted before the commit", now_s, 0)
+        case "committed":
+            return record, (
+                _tell(record.new_nve, Activate(move=move, version=record.version)),
+                _tell(record.old_nve, Retire(move=move, version=record.version)),
+            )
+        case "running" | "converging":
+            return record, ()
+        case "drained":
+            return record, _close_orders(record)
+        case "aborting":
+            return msgspec.structs.replace(record, deadline_s=now_s + GIVE_BACK_LIMIT_S), (
+                _tell(record.new_nve, GiveBack(move=move)),
+            )
+        case "closed" | "aborted":
+            return record, ()
+        case _:
+            assert_never(record.phase)
+
+
+def _failing(
+    record: Handover,
+    event: Failed | Abort | CommitRefused | Lost,
+    now_s: float,
+    now_ns: int,
+) -> Step:
+    match event:
+        case Failed(nve=nve, step=step_name, why=why):
+            if step_name == "steer":
+                # Order at one peer is not proved; the commit's push still moves it over.
+                return record, ()
+            return _abort(record, f"{nve}: {step_name}: {why}", now_s, now_ns)
+        case Abort(why=why):
+            return _abort(record, why, now_s, now_ns)
+        case CommitRefused(why=why):
+            return _abort(record, why, now_s, now_ns) if record.phase == "equal" else (record, ())
+        case Lost(nve=nve):
+            return _lost(record, nve, now_s, now_ns)
+        case _:
+            assert_never(event)
+
+
+def _prepared(record: Handover, event: Prepared, now_s: float, now_ns: int) -> Step:
+    if record.phase != "planned" or event.nve not in record.waiting:
+        return record, ()
+    move, ports = record.id, record.ports
+    record = msgspec.structs.replace(
+        record, waiting=record.waiting - {event.nve}, uri=event.uri or record.uri
+    )
+    if event.nve == record.new_nve:
+        version = record.version
+        old = PrepareOld(
+            move=move, vm=record.vm, version=version, ports=ports, options=record.options
+        )
+        peer = PreparePeer(move=move, version=version, ports=ports)
+        return record, (
+            _tell(record.old_nve, old),
+            *(_tell(nve, peer) for nve in record.peers),
+        )
+    if record.waiting:
+        return record, ()
+    record = _enter(_enter(record, "staged", now_ns), "precopy", now_ns)
+    record = msgspec.structs.replace(record, deadline_s=now_s + record.options.timeout_s)
+    return record, (_tell(record.old_nve, Send(move=move, uri=record.uri)),)
+
+
+def _stopped(record: Handover, event: Stopped, now_s: float, now_ns: int) -> Step:
+    if record.phase != "precopy":
+        return record, ()
+    record = msgspec.structs.replace(
+        _enter(record, "paused", now_ns),
+        held_ns=event.held_ns,
+        stop_ns=event.stop_ns,
+        memory=event.memory,
+        packets=msgspec.structs.replace(record.packets, rescued=event.rescued),
+        deadline_s=now_s + STOPPED_LIMIT_S,
+    )
+    steer = Steer(move=record.id)
+    effects: tuple[CoordinatorEffect, ...] = tuple(
+        _tell(nve, steer) for nve in (*record.peers, record.new_nve)
+    )
+    if record.equal_ns:  # the new NVE's word came first
+        record, more = _equal(record, now_ns)
+        effects += more
+    return record, effects
+
+
+def _received(record: Handover, at_ns: int, now_ns: int) -> Step:
+    if record.phase not in ("precopy", "paused") or record.equal_ns:
+        return record, ()
+    record = msgspec.structs.replace(record, equal_ns=at_ns)
+    return _equal(record, now_ns) if record.phase == "paused" else (record, ())
+
+
+def _equal(record: Handover, now_ns: int) -> Step:
+    record = _enter(record, "equal", now_ns)
+    if record.options.verify:
+        ask = Digest(move=record.id)
+        return record, (_tell(record.old_nve, ask), _tell(record.new_nve, ask))
+    return record, (_commit(record),)
+
+
+def _commit(record: Handover) -> Commit:
+    return Commit(vm=record.vm.name, expected_version=record.version, new_nve=record.new_nve)
+
+
+def _digested(record: Handover, event: Digested, now_ns: int, now_s: float) -> Step:
+    if record.phase != "equal":
+        return record, ()
+    field = "digest_old" if event.nve == record.old_nve else "digest_new"
+    record = msgspec.structs.replace(record, **{field: event.sha256})
+    if not (record.digest_old and record.digest_new):
+        return record, ()
+    if record.digest_old != record.digest_new:
+        return _abort(record, "memory differs between old and new host", now_s, now_ns)
+    return record, (_commit(record),)
+
+
+def _steered(record: Handover, nve: str, at_ns: int) -> Handover:
+    if nve in _names(record.steered) or record.phase == "aborting":
+        return record
+    seen = Acknowledgement(nve=nve, at_ns=at_ns)
+    return msgspec.structs.replace(record, steered=(*record.steered, seen))
+
+
+def _committed(record: Handover, event: Committed, now_ns: int) -> Step:
+    if record.phase != "equal":
+        return record, ()
+    record = msgspec.structs.replace(
+        _enter(record, "committed", now_ns), version=event.version, commit_ns=event.at_ns
+    )
+    return record, (
+        _tell(record.new_nve, Activate(move=record.id, version=event.version)),
+        _tell(record.old_nve, Retire(move=record.id, version=event.version)),
+    )
+
+
+def _running(record: Handover, event: Running, now_s: float, now_ns: int) -> Step:
+    if record.phase != "committed":
+        return record, ()
+    record = _enter(_enter(record, "running", now_ns), "converging", now_ns)
+    record = msgspec.structs.replace(
+        record,
+        resume_ns=event.at_ns,
+        packets=msgspec.structs.replace(record.packets, held=event.held),
+    )
+    return _converge(record, now_s, now_ns)
+
+
+def _converge(record: Handover, now_s: float, now_ns: int) -> Step:
+    """The tunnel ends by this criterion and no other (R-42): never by silence, never by a timer."""
+    if record.phase != "converging":
+        return record, ()
+    missing = set(involved(record)) - _names(record.acknowledged) - set(record.fenced)
+    if missing:
+        return record, ()
+    reason = "all peers acknowledged"
+    if record.fenced:
+        reason += f"; fenced: {', '.join(record.fenced)}"
+    record = msgspec.structs.replace(
+        _enter(record, "drained", now_ns),
+        close_reason=reason,
+        waiting=frozenset(),
+        deadline_s=now_s + record.options.drain_guard_ms / 1000,
+    )
+    return record, ()
+
+
+def _drained(record: Handover, now_s: float) -> Step:
+    """The guard has passed: what was launched into the tunnel has come out of it."""
+    record = msgspec.structs.replace(
+        record,
+        waiting=frozenset(involved(record)) - set(record.fenced),
+        deadline_s=now_s + CLOSE_LIMIT_S,
+    )
+    return record, _close_orders(record)
+
+
+def _close_orders(record: Handover) -> tuple[CoordinatorEffect, ...]:
+    return tuple(_tell(nve, Close(move=record.id)) for nve in sorted(record.waiting))
+
+
+def _closed(record: Handover, event: Closed, now_ns: int) -> Step:
+    if record.phase not in ("drained", "aborting") or event.nve not in record.waiting:
+        return record, ()
+    record = msgspec.structs.replace(
+        record,
+        waiting=record.waiting - {event.nve},
+        packets=_merge(record.packets, event.packets),
+    )
+    if record.waiting:
+        return record, ()
+    return _end(record, now_ns), ()
+
+
+def _end(record: Handover, now_ns: int) -> Handover:
+    moved = record.phase == "drained"
+    record = _enter(record, "closed" if moved else "aborted", now_ns)
+    return msgspec.structs.replace(
+        record, outcome="moved" if moved else "aborted", closed_ns=now_ns
+    )
+
+
+def _merge(mine: Packets, theirs: Packets) -> Packets:
+    """Join the counts of one more NVE; each count is made at one NVE only."""
+    dropped = dict(mine.dropped)
+    for cause, count in theirs.dropped.items():
+        dropped[cause] = dropped.get(cause, 0) + count
+    firsts = [each for each in (mine.first_direct_ns, theirs.first_direct_ns) if each]
+    return Packets(
+        held=mine.held + theirs.held,
+        rescued=mine.rescued + theirs.rescued,
+        redirected=mine.redirected + theirs.redirected,
+        late=mine.late + theirs.late,
+        dropped=dropped,
+        last_redirected_ns=max(mine.last_redirected_ns, theirs.last_redirected_ns),
+        first_direct_ns=min(firsts, default=0),
+    )
+
+
+def _abort(record: Handover, why: str, now_s: float, now_ns: int) -> Step:
+    """Go back. Refused after the commit: then the move only goes forward."""
+    if committed(record.phase) or record.phase == "aborting":
+        return record, ()
+    record = msgspec.structs.replace(
+        _enter(record, "aborting", now_ns),
+        reason=why,
+        deadline_s=now_s + GIVE_BACK_LIMIT_S,
+        waiting=frozenset({record.new_nve}),
+    )
+    return record, (_tell(record.new_nve, GiveBack(move=record.id)),)
+
+
+def _given_back(record: Handover, nve: str, now_s: float) -> Step:
+    if record.phase != "aborting" or record.waiting != {nve} or nve != record.new_nve:
+        return record, ()
+    return _restore(record, now_s)
+
+
+def _restore(record: Handover, now_s: float) -> Step:
+    record = msgspec.structs.replace(
+        record, waiting=frozenset({record.old_nve}), deadline_s=now_s + CLOSE_LIMIT_S
+    )
+    return record, (_tell(record.old_nve, Restore(move=record.id)),)
+
+
+def _restored(record: Handover, now_s: float, now_ns: int) -> Step:
+    """The VM runs at the old host: peers turn back, then everything the move made goes."""
+    if record.phase != "aborting" or record.waiting != {record.old_nve}:
+        return record, ()
+    back = tuple(_tell(peer, Steer(move=record.id, back=True)) for peer in record.peers)
+    record = msgspec.structs.replace(
+        record,
+        restored=True,
+        waiting=frozenset(involved(record)) - set(record.fenced),
+        deadline_s=now_s + CLOSE_LIMIT_S,
+    )
+    return record, (*back, *_close_orders(record))
+
+
+def _lost(record: Handover, nve: str, now_s: float, now_ns: int) -> Step:
+    """A dead NVE is fenced: nobody waits for it, and a move that needs it goes back."""
+    if nve not in involved(record) or nve in record.fenced:
+        return record, ()
+    record = msgspec.structs.replace(record, fenced=(*record.fenced, nve))
+    if record.phase == "converging":
+        return _converge(record, now_s, now_ns)
+    if record.waiting and record.phase in ("drained", "aborting"):
+        return _give_up_waiting(record, frozenset({nve}), now_s, now_ns)
+    if committed(record.phase):
+        return record, ()
+    return _abort(record, f"{nve} is unreachable", now_s, now_ns)
+
+
+def _give_up_waiting(record: Handover, nves: frozenset[str], now_s: float, now_ns: int) -> Step:
+    if record.phase == "aborting" and not record.restored:
+        # Only the old NVE knows whether the VM runs: ask until it says so.
+        return _restore(record, now_s)
+    record = msgspec.structs.replace(record, waiting=record.waiting - nves)
+    if record.waiting:
+        return record, ()
+    return _end(record, now_ns), ()
+
+
+def _tick(record: Handover, now_s: float, now_ns: int) -> Step:
+    if now_s < record.deadline_s:
+        return record, ()
+    match record.phase:
+        case "planned":
+            silent = ", ".join(sorted(record.waiting))
+            return _abort(record, f"no answer from {silent} in time", now_s, now_ns)
+        case "precopy" if record.options.timeout_action == "pause":
+            record = msgspec.structs.replace(record, deadline_s=now_s + PREPARE_LIMIT_S)
+            return record, (_tell(record.old_nve, Force(move=record.id)),)
+        case "precopy":
+            why = f"memory did not converge within {record.options.timeout_s:g} s"
+            return _abort(record, why, now_s, now_ns)
+        case "paused" | "equal":
+            return _abort(record, "the new copy was not whole in time", now_s, now_ns)
+        case "drained" if not record.waiting:
+            return _drained(record, now_s)
+        case "drained" | "aborting":
+            return _give_up_waiting(record, record.waiting, now_s, now_ns)
+        case _:
+            return record, ()

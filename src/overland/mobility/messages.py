@@ -1,0 +1,379 @@
+"""Everything the handover machines say and hear.
+
+Orders go from the coordinator to an NVE, reports come back, events are what the machines see,
+effects what they want done. All are values; the same structs travel on the wire (spec/wire.md).
+"""
+
+from __future__ import annotations
+
+from overland.model.cluster import Record, Vm
+from overland.model.handover import Memory, MovingPort, Options, Packets, Transfer
+
+# ------------------------------------------------------------ orders: coordinator -> NVE
+
+
+class Order(Record, frozen=True, kw_only=True, tag=True):
+    """Base of orders. `move` names the handover; a repeated order has the same effect once."""
+
+    move: str
+
+
+class PrepareNew(Order, frozen=True, kw_only=True, tag=True):
+    """To the new NVE: make tap, tunnel and an empty paused copy; answer Prepared with its URI."""
+
+    vm: Vm
+    version: int
+    ports: tuple[MovingPort, ...]
+
+
+class PrepareOld(Order, frozen=True, kw_only=True, tag=True):
+    """To the old NVE: make the tunnel, arm the gates, prove the path to the new NVE."""
+
+    vm: Vm
+    version: int
+    ports: tuple[MovingPort, ...]
+    options: Options
+
+
+class PreparePeer(Order, frozen=True, kw_only=True, tag=True):
+    """To a peer NVE: pre-place the new mapping, arm the gates, prove the path to the new NVE."""
+
+    version: int
+    ports: tuple[MovingPort, ...]
+
+
+class Send(Order, frozen=True, kw_only=True, tag=True):
+    """To the old NVE: begin to copy memory to `uri`; stop and hold when it has converged."""
+
+    uri: str
+
+
+class Force(Order, frozen=True, kw_only=True, tag=True):
+    """To the old NVE: stop the VM now, converged or not (`--timeout-action pause`)."""
+
+
+class Steer(Order, frozen=True, kw_only=True, tag=True):
+    """To a peer or the new NVE: turn the VM's frames to the new NVE (or `back`), in order."""
+
+    back: bool = False
+
+
+class Digest(Order, frozen=True, kw_only=True, tag=True):
+    """To both NVEs at equality, when asked to verify: report the SHA-256 of guest memory."""
+
+
+class Activate(Order, frozen=True, kw_only=True, tag=True):
+    """To the new NVE, only after the commit: let the VM in and run it under `version`."""
+
+    version: int
+
+
+class Retire(Order, frozen=True, kw_only=True, tag=True):
+    """To the old NVE, only after the commit: never run this copy again."""
+
+    version: int
+
+
+class GiveBack(Order, frozen=True, kw_only=True, tag=True):
+    """To the new NVE in an abort: drop the copy, send every held frame back through the tunnel."""
+
+
+class Restore(Order, frozen=True, kw_only=True, tag=True):
+    """To the old NVE in an abort: cancel, deliver what came back, run the VM here again."""
+
+
+class Close(Order, frozen=True, kw_only=True, tag=True):
+    """To every NVE of a move: remove what the move made; answer Closed with the counts."""
+
+
+AnyOrder = (
+    PrepareNew
+    | PrepareOld
+    | PreparePeer
+    | Send
+    | Force
+    | Steer
+    | Digest
+    | Activate
+    | Retire
+    | GiveBack
+    | Restore
+    | Close
+)
+
+
+# ------------------------------------------------------------ reports: NVE -> coordinator
+
+
+class Report(Record, frozen=True, kw_only=True, tag=True):
+    """Base of reports."""
+
+    move: str
+    nve: str
+
+
+class Prepared(Report, frozen=True, kw_only=True, tag=True):
+    uri: str = ""
+
+
+class Progress(Report, frozen=True, kw_only=True, tag=True):
+    memory: Memory
+
+
+class Stopped(Report, frozen=True, kw_only=True, tag=True):
+    """The VM is stopped; its frames flow into the tunnel, in order, since `at_ns`."""
+
+    held_ns: int
+    stop_ns: int
+    rescued: int
+    memory: Memory
+
+
+class Received(Report, frozen=True, kw_only=True, tag=True):
+    """The new copy is whole and paused since `at_ns`."""
+
+    at_ns: int
+
+
+class Steered(Report, frozen=True, kw_only=True, tag=True):
+    at_ns: int
+
+
+class Digested(Report, frozen=True, kw_only=True, tag=True):
+    sha256: str
+
+
+class Running(Report, frozen=True, kw_only=True, tag=True):
+    """The new copy runs since `at_ns`; `held` frames waited for it."""
+
+    at_ns: int
+    held: int
+
+
+class GivenBack(Report, frozen=True, kw_only=True, tag=True):
+    pass
+
+
+class Restored(Report, frozen=True, kw_only=True, tag=True):
+    """The VM is on the old host as it was before the move."""
+
+
+class Closed(Report, frozen=True, kw_only=True, tag=True):
+    packets: Packets = Packets()
+    memory: Memory = Memory()
+
+
+class Failed(Report, frozen=True, kw_only=True, tag=True):
+    """An order could not be carried out."""
+
+    step: str
+    why: str
+
+
+AnyReport = (
+    Prepared
+    | Progress
+    | Stopped
+    | Received
+    | Steered
+    | Digested
+    | Running
+    | GivenBack
+    | Restored
+    | Closed
+    | Failed
+)
+
+
+# ------------------------------------------------------------ events at the NVA
+
+
+class Start(Record, frozen=True, kw_only=True, tag=True):
+    """Begin, or go on after a restart of the NVA."""
+
+
+class Committed(Record, frozen=True, kw_only=True, tag=True):
+    """The compare-and-set succeeded: `version` governs since `at_ns`."""
+
+    version: int
+    at_ns: int
+
+
+class CommitRefused(Record, frozen=True, kw_only=True, tag=True):
+    """The compare-and-set met another version: somebody else moved or changed the VM."""
+
+    why: str
+
+
+class Acknowledged(Record, frozen=True, kw_only=True, tag=True):
+    """NVE `nve` has the committed mappings in its kernel."""
+
+    nve: str
+    at_ns: int
+
+
+class Lost(Record, frozen=True, kw_only=True, tag=True):
+    """NVE `nve` is declared dead: its lease ran out, its mappings are gone."""
+
+    nve: str
+
+
+class Abort(Record, frozen=True, kw_only=True, tag=True):
+    why: str
+
+
+class Tick(Record, frozen=True, kw_only=True, tag=True):
+    pass
+
+
+CoordinatorEvent = (
+    AnyReport | Start | Committed | CommitRefused | Acknowledged | Lost | Abort | Tick
+)
+
+
+class Tell(Record, frozen=True, kw_only=True, tag=True):
+    """Effect: send `order` to `nve`."""
+
+    nve: str
+    order: AnyOrder
+
+
+class Commit(Record, frozen=True, kw_only=True, tag=True):
+    """Effect: raise the VM's version and change its host, one compare-and-set."""
+
+    vm: str
+    expected_version: int
+    new_nve: str
+
+
+CoordinatorEffect = Tell | Commit
+
+# ------------------------------------------------------------ effects and answers at an NVE
+
+
+class Do(Record, frozen=True, kw_only=True, tag=True):
+    """Base of effects of the NVE machines; performed one after the other."""
+
+
+class MakeTunnel(Do, frozen=True, kw_only=True, tag=True):
+    to: str
+
+
+class ArmPorts(Do, frozen=True, kw_only=True, tag=True):
+    pass
+
+
+class QuietPorts(Do, frozen=True, kw_only=True, tag=True):
+    pass
+
+
+class ReceiveCopy(Do, frozen=True, kw_only=True, tag=True):
+    pass
+
+
+class ArmPeers(Do, frozen=True, kw_only=True, tag=True):
+    pass
+
+
+class ProvePath(Do, frozen=True, kw_only=True, tag=True):
+    """Send a probe frame to the NVE at the other end and wait for its answer."""
+
+    to: str
+
+
+class BeginSend(Do, frozen=True, kw_only=True, tag=True):
+    uri: str
+
+
+class WatchTransfer(Do, frozen=True, kw_only=True, tag=True):
+    """Look at the transfer a moment later; answered by TransferSeen."""
+
+
+class HoldPorts(Do, frozen=True, kw_only=True, tag=True):
+    pass
+
+
+class AwaitDrained(Do, frozen=True, kw_only=True, tag=True):
+    """Let the VM take what is in its tap's ring; goes on at the timeout (rescue follows)."""
+
+    timeout_s: float
+
+
+class FinishSend(Do, frozen=True, kw_only=True, tag=True):
+    pass
+
+
+class ReleaseInto(Do, frozen=True, kw_only=True, tag=True):
+    """Rescue, send what waits, then let flow: into the tunnel, or home (this host's port)."""
+
+    tunnel: bool
+
+
+class AwaitCopy(Do, frozen=True, kw_only=True, tag=True):
+    pass
+
+
+class SteerHere(Do, frozen=True, kw_only=True, tag=True):
+    back: bool
+    local: bool
+
+
+class TakeDigest(Do, frozen=True, kw_only=True, tag=True):
+    pass
+
+
+class OpenPorts(Do, frozen=True, kw_only=True, tag=True):
+    """Unmute and let everything reach the ports: the TSI is activated."""
+
+
+class ResumeVm(Do, frozen=True, kw_only=True, tag=True):
+    pass
+
+
+class Announce(Do, frozen=True, kw_only=True, tag=True):
+    """Gratuitous ARP, unsolicited NA to all nodes, RARP: a courtesy (6-8)."""
+
+
+class MuteBroadcast(Do, frozen=True, kw_only=True, tag=True):
+    pass
+
+
+class CancelSend(Do, frozen=True, kw_only=True, tag=True):
+    pass
+
+
+class StopCopy(Do, frozen=True, kw_only=True, tag=True):
+    """End this host's QEMU of the VM."""
+
+
+class CleanUp(Do, frozen=True, kw_only=True, tag=True):
+    """Count, then remove tunnel, queues and gate entries; the agent takes the ports back."""
+
+
+class Say(Do, frozen=True, kw_only=True, tag=True):
+    """Report to the coordinator."""
+
+    report: AnyReport
+
+
+class TransferSeen(Record, frozen=True, kw_only=True, tag=True):
+    transfer: Transfer
+
+
+class Done(Record, frozen=True, kw_only=True, tag=True):
+    """An effect was performed. `number` and `text` carry its result, where it has one."""
+
+    effect: str
+    number: int = 0
+    text: str = ""
+    packets: Packets = Packets()
+
+
+class Broken(Record, frozen=True, kw_only=True, tag=True):
+    """An effect failed, or the VM did (`effect` is then `vm`)."""
+
+    effect: str
+    why: str
+
+
+NveEvent = AnyOrder | TransferSeen | Done | Broken

@@ -1,0 +1,70 @@
+"""What the three NVE machines share: their record and how it changes. Pure."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from overland.mobility.messages import Do, NveEvent
+from overland.model.cluster import Record, Vm
+from overland.model.handover import Memory, MovingPort, Options, Transfer
+
+Stage = Literal[
+    "arming",
+    "armed",
+    "sending",
+    "stopping",
+    "stopped",
+    "awaiting",
+    "whole",
+    "activating",
+    "active",
+    "returning",
+    "returned",
+    "closing",
+    "closed",
+]
+
+
+class Part(Record, frozen=True, kw_only=True):
+    """One NVE's part in one move. `nve` is its own name, `other` the NVE at the tunnel's far end.
+
+    `resumable`: the copy on this host may run again (old NVE, until the commit).
+    """
+
+    move: str
+    nve: str
+    role: Literal["old", "new", "peer"]
+    vm: Vm | None
+    ports: tuple[MovingPort, ...]
+    options: Options = Options()
+    stage: Stage = "arming"
+    uri: str = ""
+    held_ns: int = 0
+    stop_ns: int = 0
+    retired: bool = False
+    version: int = 0
+    memory: Memory = Memory()
+
+
+PartStep = tuple[Part, tuple[Do, ...]]
+__all__ = ["NveEvent", "Part", "PartStep", "Stage", "memory_of", "to"]
+
+
+def to(part: Part, stage: Stage, *effects: Do) -> PartStep:
+    """Enter `stage` and want `effects`, in this order."""
+    return msgspec.structs.replace(part, stage=stage), effects
+
+
+def memory_of(transfer: Transfer) -> Memory:
+    """The part of a transfer that people see."""
+    return Memory(
+        total_bytes=transfer.total_bytes,
+        sent_bytes=transfer.sent_bytes,
+        resent_bytes=transfer.resent_bytes,
+        remaining_bytes=transfer.remaining_bytes,
+        rounds=transfer.passes,
+        bandwidth_bytes_per_s=transfer.bandwidth_bytes_per_s,
+        dirty_bytes_per_s=transfer.dirty_bytes_per_s,
+    )

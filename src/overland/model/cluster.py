@@ -1,0 +1,126 @@
+"""What the NVA knows: hosts, networks, machines, and where each tenant address is.
+
+Frozen value types that are also the stored and the transmitted form (ADR 0003). A record has one
+writer, the NVA's authority; everyone else sends wishes or facts.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Family = Literal["ipv4", "ipv6"]
+VmState = Literal[
+    "shutdown", "running", "paused", "suspended", "migrating", "crashed", "preparing", "blocked"
+]
+"""RFC 7666 (vmOperState) names, those that we can reach."""
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """Base of every stored value: immutable, keyword-only."""
+
+
+class Network(Record, frozen=True, kw_only=True):
+    """A virtual network (VN). `mtu` is what tenants may use, in bytes."""
+
+    name: str
+    vni: int
+    kind: Literal["l2", "l3", "ila"] = "l2"
+    ipv4: str | None = None
+    ipv6: str | None = None
+    mtu: int = 1500
+    underlay: Family = "ipv4"
+
+
+class Host(Record, frozen=True, kw_only=True):
+    """A machine with an NVE. `ready` while its NVE holds its lease at the NVA.
+
+    `blockers` are the NVE's own reasons why nothing can run there (no VXLAN, no QEMU, not root).
+    """
+
+    name: str
+    underlay_ipv4: str | None = None
+    underlay_ipv6: str | None = None
+    underlay_mtu: int = 1500
+    memory_total_mib: int = 0
+    memory_free_mib: int = 0
+    accelerator: Literal["kvm", "tcg", "none"] = "none"
+    hypervisor_version: str = ""
+    machine_types: tuple[str, ...] = ()
+    cpu_models: tuple[str, ...] = ()
+    blockers: tuple[str, ...] = ()
+    ready: bool = False
+    drained: bool = False
+
+
+class Interface(Record, frozen=True, kw_only=True):
+    """One tenant system interface (TSI) as its owner sees it."""
+
+    network: str
+    mac: str
+    ipv4: str | None = None
+    ipv6: str | None = None
+
+
+class Boot(Record, frozen=True, kw_only=True):
+    """How a VM starts: a disk image, or a kernel with initial RAM disk and command line.
+
+    Paths are those of the host where it runs.
+    """
+
+    image: str | None = None
+    kernel: str | None = None
+    initrd: str | None = None
+    append: str = ""
+
+
+class Vm(Record, frozen=True, kw_only=True):
+    """A virtual machine. `version` is raised by each commit and governs its addresses."""
+
+    name: str
+    host: str
+    state: VmState = "preparing"
+    interfaces: tuple[Interface, ...]
+    memory_mib: int = 128
+    vcpus: int = 1
+    boot: Boot = Boot()
+    machine: str = ""
+    cpu: str = ""
+    version: int = 1
+    move: str | None = None
+    reason: str | None = None
+
+
+class Endpoint(Record, frozen=True, kw_only=True):
+    """A network namespace attached like a VM: a correspondent."""
+
+    name: str
+    host: str
+    namespace: str
+    interface: Interface
+    version: int = 1
+
+
+class Mapping(Record, frozen=True, kw_only=True):
+    """(VN, tenant address) to NVE (N-01). `nve` is a host name; its addresses are in `Host`."""
+
+    network: str
+    owner: str
+    mac: str
+    ipv4: str | None = None
+    ipv6: str | None = None
+    nve: str
+    version: int
+
+
+class Refused(Record, frozen=True, kw_only=True):
+    """A `no` with its reason and its remedy. Not an error: the answer to a wish.
+
+    `code` is stable and machine-readable, the same on the command line and in REST.
+    """
+
+    code: str
+    what: str
+    why: str
+    hint: str = ""

@@ -1,0 +1,135 @@
+"""What one NVE must do, what its kernel holds, and the steps between the two.
+
+`NveIntent` comes from the NVA. `render` turns it into a desired `KernelState`; the kernel is read
+back as an actual `KernelState`; `delta` gives the ops that turn the second into the first.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from overland.model.cluster import Family, Record
+
+
+class TsiIntent(Record, frozen=True, kw_only=True):
+    """One tenant system interface on this NVE (RFC 8394 states; requirements.md 3.3).
+
+    `associated`: everything is in place but nothing from it is let in. `activated`: in use.
+    `index` counts the interfaces of one owner. `namespace` is set for an endpoint only.
+    """
+
+    owner: str
+    index: int
+    kind: Literal["tap", "veth"]
+    mac: str
+    ipv4: str | None = None
+    ipv6: str | None = None
+    state: Literal["associated", "activated"]
+    namespace: str | None = None
+
+
+class RemoteIntent(Record, frozen=True, kw_only=True):
+    """A tenant address behind another NVE; `nve` is that NVE's underlay address."""
+
+    mac: str
+    ipv4: str | None = None
+    ipv6: str | None = None
+    nve: str
+    version: int
+
+
+class VnIntent(Record, frozen=True, kw_only=True):
+    """One VN on this NVE. `members` are underlay addresses of the other NVEs in it (N-08)."""
+
+    network: str
+    vni: int
+    mtu: int
+    underlay: Family
+    local: str
+    members: tuple[str, ...] = ()
+    tsis: tuple[TsiIntent, ...] = ()
+    remotes: tuple[RemoteIntent, ...] = ()
+
+
+class NveIntent(Record, frozen=True, kw_only=True):
+    """All that one NVE must do."""
+
+    vns: tuple[VnIntent, ...] = ()
+
+
+class Link(Record, frozen=True, kw_only=True):
+    """A network device of ours. Attributes a kind does not have stay None.
+
+    `kind`: bridge, vxlan, tap, veth. `alias` carries our mark. `namespace`/`peer_*` describe the
+    inner end of an endpoint's veth.
+    """
+
+    name: str
+    kind: Literal["bridge", "vxlan", "tap", "veth"]
+    alias: str
+    mtu: int
+    master: str | None = None
+    mac: str | None = None
+    vni: int | None = None
+    local: str | None = None
+    namespace: str | None = None
+    peer_ipv4: str | None = None
+    peer_ipv6: str | None = None
+    peer_mac: str | None = None
+
+
+class BridgeEntry(Record, frozen=True, kw_only=True):
+    """A static bridge FDB entry: frames to `mac` leave `bridge` by `port`."""
+
+    bridge: str
+    mac: str
+    port: str
+
+
+class TunnelEntry(Record, frozen=True, kw_only=True):
+    """A static VXLAN FDB entry: frames to `mac` go to NVE `remote`; all zeros is flooding."""
+
+    device: str
+    mac: str
+    remote: str
+
+
+class Neighbour(Record, frozen=True, kw_only=True):
+    """A permanent neighbour on a bridge, from which the kernel answers ARP and ND (N-25)."""
+
+    bridge: str
+    address: str
+    mac: str
+
+
+class Muted(Record, frozen=True, kw_only=True):
+    """A port from which nothing may come in: associated, not activated."""
+
+    port: str
+
+
+Fact = Link | BridgeEntry | TunnelEntry | Neighbour | Muted
+
+
+class KernelState(Record, frozen=True, kw_only=True):
+    """Everything of ours in one kernel, desired or actual. Order has no meaning."""
+
+    links: frozenset[Link] = frozenset()
+    bridge_entries: frozenset[BridgeEntry] = frozenset()
+    tunnel_entries: frozenset[TunnelEntry] = frozenset()
+    neighbours: frozenset[Neighbour] = frozenset()
+    muted: frozenset[Muted] = frozenset()
+
+
+class Op(Record, frozen=True, kw_only=True):
+    """One change to the kernel. `put` creates or replaces; `remove` is content with absence."""
+
+    verb: Literal["put", "remove"]
+    fact: Fact
+
+
+class OpFailure(Record, frozen=True, kw_only=True):
+    """An op that the kernel refused, with its reason."""
+
+    op: Op
+    why: str

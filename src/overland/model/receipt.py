@@ -1,0 +1,95 @@
+"""The receipt of a move: what happened, in numbers that anyone can check. Pure.
+
+Keys are those of docs/reference/receipt.md; they are stable, and times carry their unit.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from overland.model.handover import Handover
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def timestamp(at_ns: int) -> str:
+    """RFC 3339 text, in UTC with microseconds, of CLOCK_REALTIME ns."""
+    moment = _EPOCH + timedelta(microseconds=at_ns // 1000)
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _ms(later_ns: int, earlier_ns: int) -> float | None:
+    """Milliseconds from `earlier_ns` to `later_ns`, not below 0; None when one never came."""
+    if not later_ns or not earlier_ns:
+        return None
+    return round(max(0, later_ns - earlier_ns) / 1e6, 3)
+
+
+def receipt(record: Handover) -> dict[str, Any]:
+    """Return the receipt of `record`, also of a move under way (what has not come yet is null)."""
+    first_ns = record.phases[0].at_ns if record.phases else 0
+    packets = record.packets
+    return {
+        "id": record.id,
+        "vm": record.vm.name,
+        "mode": record.mode,
+        "old_nve": record.old_nve,
+        "new_nve": record.new_nve,
+        "outcome": record.outcome,
+        "reason": record.reason,
+        "version": record.version,
+        "phase": record.phase,
+        "phases": [{"phase": p.phase, "at": timestamp(p.at_ns)} for p in record.phases],
+        "total_ms": _ms(record.closed_ns, first_ns),
+        "vm_stop_ms": _ms(record.resume_ns, record.stop_ns),
+        "network_gap_ms": _gap(record),
+        "held_before_stop_ms": _ms(record.stop_ns, record.held_ns),
+        "memory": {
+            "total_bytes": record.memory.total_bytes,
+            "sent_bytes": record.memory.sent_bytes,
+            "resent_bytes": record.memory.resent_bytes,
+            "rounds": record.memory.rounds,
+            "digest": record.digest_new or None,
+        },
+        "storage": {"sent_bytes": 0, "resent_bytes": 0},
+        "packets": {
+            "held": packets.held,
+            "rescued": packets.rescued,
+            "redirected": packets.redirected,
+            "late": packets.late,
+            "dropped": packets.dropped,
+        },
+        "last_redirected_after_commit_ms": _ms(
+            max(packets.last_redirected_ns, record.commit_ns), record.commit_ns
+        ),
+        "tunnel_closed_after_commit_ms": _ms(record.closed_ns, record.commit_ns),
+        "tunnel_close_reason": record.close_reason,
+        "peers": _peers(record),
+    }
+
+
+def _gap(record: Handover) -> float | None:
+    """What the network added to the stop: RESUME to the first frame by the final path.
+
+    A frame that came by the final path before RESUME waited in the tap's ring and was delivered at
+    once: the network added nothing. None when no tenant sent anything by the final path.
+    """
+    return _ms(record.packets.first_direct_ns, record.resume_ns)
+
+
+def _peers(record: Handover) -> dict[str, Any]:
+    """Subscribers that held the old mapping: the old NVE and the peers."""
+    holders = {record.old_nve, *record.peers}
+    seen = [each for each in record.acknowledged if each.nve in holders]
+    slowest = max(seen, key=lambda each: each.at_ns, default=None)
+    return {
+        "subscribed": len(holders),
+        "acknowledged": len(seen),
+        "steered_before_resume": sum(
+            1 for each in record.steered if record.resume_ns and each.at_ns <= record.resume_ns
+        ),
+        "fenced": list(record.fenced),
+        "slowest": slowest.nve if slowest else None,
+        "slowest_ms": _ms(slowest.at_ns, record.commit_ns) if slowest else None,
+    }

@@ -1,0 +1,159 @@
+"""Drives every open move: load, step, journal, perform.
+
+One task owns all of a move's events, in order. A record is journalled before its effects are
+performed; the commit is one transaction that raises the VM's version and journals the move as
+committed together, so that no crash can separate the two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from overland.mobility import coordinator
+from overland.mobility import messages as m
+from overland.model.handover import ENDED, Handover
+from overland.ports import Conflict, StoreFailure
+
+TICK_S = 0.25
+"""Longest time between two looks at a deadline; a nearer deadline is met when it comes."""
+
+
+class Records(Protocol):
+    """Where moves are kept."""
+
+    async def journal(self, record: Handover) -> None:
+        """Durable on return. With an ended move the VM is free again."""
+        ...
+
+    async def commit(self, record: Handover) -> None:
+        """Journal `record`, give its VM `record.version` on the new NVE: all or nothing.
+
+        Raises Conflict when the VM is not at `record.version - 1` any more.
+        """
+        ...
+
+    async def load(self) -> list[Handover]: ...
+
+
+class Handovers:
+    """All open moves of the domain."""
+
+    def __init__(
+        self,
+        records: Records,
+        tell: Callable[[str, m.AnyOrder], None],
+        changed: Callable[[Handover], None],
+    ) -> None:
+        self._records = records
+        self._tell = tell
+        self._changed = changed
+        self._open: dict[str, _Move] = {}
+
+    async def recover(self) -> None:
+        """Go on with every move that was open when the NVA stopped."""
+        for record in await self._records.load():
+            if record.phase not in ENDED:
+                self.begin(record)
+
+    def begin(self, record: Handover) -> None:
+        """Start or continue a journalled move."""
+        move = _Move(record, self._records, self._tell, self._changed)
+        self._open[record.id] = move
+        move.post(m.Start())
+        task = asyncio.create_task(move.run())
+        task.add_done_callback(lambda _: self._open.pop(record.id, None))
+
+    def report(self, report: m.AnyReport) -> None:
+        self._post(report.move, report)
+
+    def acknowledged(self, nve: str, vm: str, version: int) -> None:
+        """NVE `nve` has `vm`'s mappings of at least `version` in its kernel."""
+        for move in self._open.values():
+            record = move.record
+            if record.vm.name == vm and record.commit_ns and version >= record.version:
+                move.post(m.Acknowledged(nve=nve, at_ns=time.time_ns()))
+
+    def lost(self, nve: str) -> None:
+        for move in self._open.values():
+            move.post(m.Lost(nve=nve))
+
+    def abort(self, move: str, why: str) -> bool:
+        """Ask for an abort; False when there is no such open move."""
+        return self._post(move, m.Abort(why=why))
+
+    def record(self, move: str) -> Handover | None:
+        found = self._open.get(move)
+        return found.record if found else None
+
+    def _post(self, move: str, event: m.CoordinatorEvent) -> bool:
+        found = self._open.get(move)
+        if found is None:
+            return False
+        found.post(event)
+        return True
+
+
+class _Move:
+    """One open move and its queue of events."""
+
+    def __init__(
+        self,
+        record: Handover,
+        records: Records,
+        tell: Callable[[str, m.AnyOrder], None],
+        changed: Callable[[Handover], None],
+    ) -> None:
+        self.record = record
+        self._records = records
+        self._tell = tell
+        self._changed = changed
+        self._events: asyncio.Queue[m.CoordinatorEvent] = asyncio.Queue()
+
+    def post(self, event: m.CoordinatorEvent) -> None:
+        self._events.put_nowait(event)
+
+    async def run(self) -> None:
+        while self.record.phase not in ENDED:
+            await self._handle(await self._next())
+
+    async def _next(self) -> m.CoordinatorEvent:
+        left_s = self.record.deadline_s - time.monotonic()
+        wait_s = left_s if 0 < left_s < TICK_S else TICK_S
+        try:
+            async with asyncio.timeout(wait_s):
+                return await self._events.get()
+        except TimeoutError:
+            return m.Tick()
+
+    async def _handle(self, event: m.CoordinatorEvent) -> None:
+        before = self.record
+        after, effects = coordinator.step(before, event, time.monotonic(), time.time_ns())
+        commits = any(isinstance(effect, m.Commit) for effect in effects)
+        if not commits and (effects or after.phase != before.phase):
+            # The commit journals by itself; what only informs is not worth a disk write.
+            await self._records.journal(after)
+        self.record = after
+        for effect in effects:
+            if isinstance(effect, m.Tell):
+                self._tell(effect.nve, effect.order)
+        if commits:
+            await self._commit()
+        if self.record is not before:
+            self._changed(self.record)
+
+    async def _commit(self) -> None:
+        """One compare-and-set: the point of no return."""
+        won = m.Committed(version=self.record.version + 1, at_ns=time.time_ns())
+        after, effects = coordinator.step(self.record, won, time.monotonic(), time.time_ns())
+        try:
+            await self._records.commit(after)
+        except (Conflict, StoreFailure) as failure:
+            await self._handle(m.CommitRefused(why=str(failure)))
+            return
+        self.record = after
+        for effect in effects:
+            if isinstance(effect, m.Tell):
+                self._tell(effect.nve, effect.order)

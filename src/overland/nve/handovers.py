@@ -1,0 +1,383 @@
+"""Plays this NVE's part in every open move: orders become events, effects become port calls.
+
+One machine per move (`overland.mobility`), one queue of effects per machine. An effect is
+performed when the one before it is done; the few that only wait (for a transfer, a copy, a peer's
+answer) run beside the queue, so that an order to turn back never stands in line behind them.
+When an effect fails the rest of its queue is void: the machine decides what comes next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Protocol, assert_never
+
+import msgspec
+
+from overland.mobility import messages as m
+from overland.mobility import new_nve, old_nve, peer_nve
+from overland.mobility.nve import Part, PartStep
+from overland.model.handover import MovingPort, Packets
+from overland.model.names import bridge_name
+from overland.nve.moving import Moving
+from overland.ports import HandoverPath, Hypervisor, PortFailure, Tunnel
+
+WATCH_S = 0.02
+"""How often a running transfer is looked at."""
+
+STEER_LIMIT_S = 1.0
+PROBE_LIMIT_S = 3.0
+COPY_LIMIT_S = 3600.0
+
+_BESIDE = (m.WatchTransfer, m.AwaitCopy, m.SteerHere)
+_MACHINES = {"old": old_nve, "new": new_nve, "peer": peer_nve}
+
+
+class Ground(Protocol):
+    """What a handover needs of the agent beside it."""
+
+    def moving(self, entries: frozenset[Moving]) -> None:
+        """Leave these to the handover until told otherwise; then reconcile."""
+        ...
+
+    async def ready(self, port: str) -> None:
+        """Wait until `port` is in the kernel; KernelFailure when it does not come."""
+        ...
+
+    async def unmute(self, ports: list[str]) -> None:
+        """Let frames from `ports` in, now."""
+        ...
+
+    async def announce(self, port: MovingPort) -> None:
+        """Send gratuitous ARP, unsolicited NA and RARP for the moved interface."""
+        ...
+
+
+class Handovers:
+    """All open parts of this NVE. `say` sends a report to the coordinator, in order."""
+
+    def __init__(
+        self,
+        nve: str,
+        hypervisor: Hypervisor,
+        path: HandoverPath,
+        ground: Ground,
+        say: Callable[[m.AnyReport], None],
+        hold_frames: int,
+    ) -> None:
+        self._nve = nve
+        self._hypervisor = hypervisor
+        self._path = path
+        self._ground = ground
+        self._say = say
+        self._hold_frames = hold_frames
+        self._running: dict[str, _Running] = {}
+
+    def order(self, order: m.AnyOrder) -> None:
+        """Take one order; the answer comes as a report."""
+        running = self._running.get(order.move)
+        match order:
+            case m.PrepareNew() | m.PrepareOld() | m.PreparePeer():
+                if running is None:
+                    self._begin(order)
+            case m.Close() if running is None:
+                self._say(m.Closed(move=order.move, nve=self._nve))
+            case m.GiveBack() if running is None:
+                self._say(m.GivenBack(move=order.move, nve=self._nve))
+            case m.Restore() if running is None:
+                self._say(m.Restored(move=order.move, nve=self._nve))
+            case _ if running is not None:
+                running.event(order)
+            case _:
+                why = "this NVE has no part in the move"
+                self._say(m.Failed(move=order.move, nve=self._nve, step="order", why=why))
+
+    def vm_died(self, vm: str, why: str) -> None:
+        """Tell the machines that QEMU itself reported the end of `vm`."""
+        for running in list(self._running.values()):
+            if running.part.vm is not None and running.part.vm.name == vm:
+                running.event(m.Broken(effect="vm", why=why))
+
+    def holds(self, vm: str) -> bool:
+        """Tell whether `vm` is in a move here, so that nobody else starts or ends it."""
+        return any(r.part.vm is not None and r.part.vm.name == vm for r in self._running.values())
+
+    def _begin(self, order: m.PrepareNew | m.PrepareOld | m.PreparePeer) -> None:
+        match order:
+            case m.PrepareNew(vm=vm, ports=ports):
+                part = Part(move=order.move, nve=self._nve, role="new", vm=vm, ports=ports)
+            case m.PrepareOld(vm=vm, ports=ports, options=options):
+                part = Part(
+                    move=order.move,
+                    nve=self._nve,
+                    role="old",
+                    vm=vm,
+                    ports=ports,
+                    options=options,
+                )
+            case m.PreparePeer(ports=ports):
+                part = Part(move=order.move, nve=self._nve, role="peer", vm=None, ports=ports)
+            case _:
+                assert_never(order)
+        running = _Running(self, part, order.version)
+        self._running[order.move] = running
+        self._publish()
+        running.take(_MACHINES[part.role].begin(part))
+
+    def _publish(self) -> None:
+        self._ground.moving(
+            frozenset(
+                Moving(
+                    mac=port.mac,
+                    port=port.port,
+                    device=port.device,
+                    bridge=bridge_name(port.vni),
+                    version=running.base_version,
+                )
+                for running in self._running.values()
+                for port in running.part.ports
+            )
+        )
+
+    def _closed(self, move: str) -> None:
+        self._running.pop(move, None)
+        self._publish()
+
+    async def _perform(self, running: _Running, effect: m.Do) -> m.NveEvent:
+        """Perform one effect; the answer is its event."""
+        performer = _Performer(
+            running, self._hypervisor, self._path, self._ground, self._hold_frames
+        )
+        try:
+            return await performer.perform(effect)
+        except PortFailure as failure:
+            return m.Broken(effect=type(effect).__name__, why=str(failure))
+
+
+class _Running:
+    """One machine at work. Its record is changed by `take` only."""
+
+    def __init__(self, owner: Handovers, part: Part, base_version: int) -> None:
+        self.part = part
+        self.base_version = base_version
+        self.late_base: int | None = None
+        self._owner = owner
+        self._queue: deque[m.Do] = deque()
+        self._worker: asyncio.Task[None] | None = None
+        self._beside: set[asyncio.Task[None]] = set()
+
+    def event(self, event: m.NveEvent) -> None:
+        if isinstance(event, m.Broken | m.GiveBack | m.Restore):
+            self._queue.clear()
+        self.take(_MACHINES[self.part.role].step(self.part, event))
+
+    def take(self, step: PartStep) -> None:
+        self.part, effects = step
+        for effect in effects:
+            if isinstance(effect, m.Say):
+                self._owner._say(effect.report)  # noqa: SLF001 - one class in two
+            elif isinstance(effect, _BESIDE):
+                task = asyncio.create_task(self._one(effect))
+                self._beside.add(task)
+                task.add_done_callback(self._beside.discard)
+            else:
+                self._queue.append(effect)
+        if self.part.stage == "closed":
+            self._owner._closed(self.part.move)  # noqa: SLF001
+        elif self._queue and self._worker is None:
+            self._worker = asyncio.create_task(self._work())
+
+    async def _work(self) -> None:
+        try:
+            while self._queue:
+                await self._one(self._queue.popleft())
+        finally:
+            self._worker = None
+
+    async def _one(self, effect: m.Do) -> None:
+        self.event(await self._owner._perform(self, effect))  # noqa: SLF001
+
+
+class _Performer:
+    """How each effect is done with the ports."""
+
+    def __init__(
+        self,
+        running: _Running,
+        hypervisor: Hypervisor,
+        path: HandoverPath,
+        ground: Ground,
+        hold_frames: int,
+    ) -> None:
+        self._running = running
+        self._part = running.part
+        self._hypervisor = hypervisor
+        self._path = path
+        self._ground = ground
+        self._hold_frames = hold_frames
+
+    async def perform(self, effect: m.Do) -> m.NveEvent:
+        name = type(effect).__name__
+        method: Callable[[m.Do], Awaitable[m.NveEvent | None]] = getattr(self, f"_{name}")
+        return await method(effect) or m.Done(effect=name)
+
+    @property
+    def _vm(self) -> str:
+        assert self._part.vm is not None
+        return self._part.vm.name
+
+    def _tunnel(self, port: MovingPort) -> Tunnel:
+        new = self._part.role == "new"
+        return Tunnel(
+            number=port.tunnel,
+            local=port.new if new else port.old,
+            remote=port.old if new else port.new,
+            mtu=port.mtu,
+        )
+
+    async def _MakeTunnel(self, _: m.Do) -> None:
+        for port in self._part.ports:
+            await self._path.open_tunnel(port.port, self._tunnel(port))
+
+    async def _QuietPorts(self, _: m.Do) -> None:
+        for port in self._part.ports:
+            await self._ground.ready(port.port)
+            await self._path.quiet_port(port.port)
+
+    async def _ArmPorts(self, _: m.Do) -> None:
+        for port in self._part.ports:
+            await self._path.arm_port(port.port, self._hold_frames)
+
+    async def _ArmPeers(self, _: m.Do) -> None:
+        for port in self._part.ports:
+            await self._path.arm_peer(port.device, port.mac, self._hold_frames)
+
+    async def _ProvePath(self, _: m.Do) -> None:
+        for port in self._part.ports:
+            await self._path.cross(port.device, port.new, PROBE_LIMIT_S)
+
+    async def _ReceiveCopy(self, _: m.Do) -> m.Done:
+        assert self._part.vm is not None
+        uri = await self._hypervisor.receive(
+            self._part.vm, [port.port for port in self._part.ports], self._part.ports[0].new
+        )
+        return m.Done(effect="ReceiveCopy", text=uri)
+
+    async def _AwaitCopy(self, _: m.Do) -> m.Done:
+        at_ns = await self._hypervisor.received(self._vm, COPY_LIMIT_S)
+        return m.Done(effect="AwaitCopy", number=at_ns)
+
+    async def _BeginSend(self, effect: m.Do) -> None:
+        assert isinstance(effect, m.BeginSend)
+        bandwidth = self._part.options.bandwidth_bytes_per_s
+        await self._hypervisor.send(self._vm, effect.uri, bandwidth)
+
+    async def _WatchTransfer(self, _: m.Do) -> m.TransferSeen:
+        await asyncio.sleep(WATCH_S)
+        return m.TransferSeen(transfer=await self._hypervisor.transfer(self._vm))
+
+    async def _HoldPorts(self, _: m.Do) -> m.Done:
+        at_ns = 0
+        for port in self._part.ports:
+            at_ns = await self._path.hold_port(port.port)
+        return m.Done(effect="HoldPorts", number=at_ns)
+
+    async def _AwaitDrained(self, effect: m.Do) -> None:
+        assert isinstance(effect, m.AwaitDrained)
+        for port in self._part.ports:
+            await self._path.port_drained(port.port, effect.timeout_s)
+
+    async def _FinishSend(self, _: m.Do) -> m.Done:
+        return m.Done(effect="FinishSend", number=await self._hypervisor.finish(self._vm))
+
+    async def _ReleaseInto(self, effect: m.Do) -> m.Done:
+        assert isinstance(effect, m.ReleaseInto)
+        rescued = 0
+        for port in self._part.ports:
+            tunnel = self._tunnel(port) if effect.tunnel else None
+            rescued += await self._path.release_port(port.port, tunnel)
+        return m.Done(effect="ReleaseInto", number=rescued)
+
+    async def _SteerHere(self, effect: m.Do) -> m.Done:
+        assert isinstance(effect, m.SteerHere)
+        for port in self._part.ports:
+            await self._path.steer(
+                port.device,
+                port.mac,
+                port.old if effect.back else port.new,
+                port.port if effect.local else None,
+                STEER_LIMIT_S,
+            )
+        return m.Done(effect="SteerHere", number=_now_ns())
+
+    async def _TakeDigest(self, _: m.Do) -> m.Done:
+        return m.Done(effect="TakeDigest", text=await self._hypervisor.digest(self._vm))
+
+    async def _OpenPorts(self, _: m.Do) -> None:
+        await self._ground.unmute([port.port for port in self._part.ports])
+        for port in self._part.ports:
+            await self._path.open_port(port.port)
+
+    async def _ResumeVm(self, _: m.Do) -> m.Done:
+        held = 0
+        if self._part.role == "new":
+            for port in self._part.ports:
+                held += (await self._path.count_port(port.port)).passed
+        at_ns = await self._hypervisor.resume(self._vm)
+        return m.Done(effect="ResumeVm", number=at_ns, packets=Packets(held=held))
+
+    async def _Announce(self, _: m.Do) -> None:
+        for port in self._part.ports:
+            await self._ground.announce(port)
+
+    async def _MuteBroadcast(self, _: m.Do) -> None:
+        redirected = 0
+        for port in self._part.ports:
+            redirected += (await self._path.count_port(port.port)).redirected
+            await self._path.mute_broadcast(port.port)
+        self._running.late_base = redirected
+
+    async def _CancelSend(self, _: m.Do) -> None:
+        await self._hypervisor.cancel(self._vm)
+
+    async def _StopCopy(self, _: m.Do) -> None:
+        await self._hypervisor.stop(self._vm)
+
+    async def _CleanUp(self, _: m.Do) -> m.Done:
+        packets = Packets()
+        for port in self._part.ports:
+            packets = await self._count(port, packets)
+            if self._part.role != "peer":
+                await self._path.close_tunnel(port.port, self._tunnel(port))
+                await self._path.disarm_port(port.port)
+            if self._part.role != "old":
+                await self._path.disarm_peer(port.device, port.mac)
+        return m.Done(effect="CleanUp", packets=packets)
+
+    async def _count(self, port: MovingPort, so_far: Packets) -> Packets:
+        """Add this NVE's own counts for one interface: each frame is counted at one NVE."""
+        if self._part.role == "peer":
+            return so_far
+        gate = await self._path.count_port(port.port)
+        dropped = dict(so_far.dropped)
+        if gate.dropped:
+            cause = "hold_full" if self._part.role == "old" else "not_yet_open"
+            dropped[cause] = dropped.get(cause, 0) + gate.dropped
+        if self._part.role == "new":
+            return msgspec.structs.replace(
+                so_far, dropped=dropped, first_direct_ns=gate.first_passed_ns
+            )
+        late = gate.redirected - self._running.late_base if self._running.late_base else 0
+        return msgspec.structs.replace(
+            so_far,
+            dropped=dropped,
+            redirected=so_far.redirected + gate.redirected,
+            late=so_far.late + late,
+            last_redirected_ns=max(so_far.last_redirected_ns, gate.last_redirected_ns),
+        )
+
+
+def _now_ns() -> int:
+    return time.clock_gettime_ns(time.CLOCK_REALTIME)

@@ -1,0 +1,72 @@
+"""Who writes what while a VM moves: the handover, or the reconcile loop. Pure.
+
+From its preparation to its end a handover is the only writer of the forwarding entries of the
+moved MAC and of its port's mute; the loop leaves them as they are. It takes them back, one by one,
+as soon as the intent carries the committed version.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from overland.model.cluster import Record
+from overland.model.nve import KernelState, NveIntent
+
+
+class Moving(Record, frozen=True, kw_only=True):
+    """One interface under way; `version` is the one the move began with."""
+
+    mac: str
+    port: str
+    device: str
+    bridge: str
+    version: int
+
+
+def settle(
+    desired: KernelState, actual: KernelState, intent: NveIntent, moving: frozenset[Moving]
+) -> KernelState:
+    """Return `desired` with what belongs to a handover replaced by what is there."""
+    for each in moving:
+        desired = _keep_port(desired, actual, each)
+        if not _superseded(intent, each):
+            desired = _keep_paths(desired, actual, each)
+    return desired
+
+
+def _superseded(intent: NveIntent, moving: Moving) -> bool:
+    """Tell whether the intent knows of the commit: the MAC is here for good, or newer elsewhere."""
+    for vn in intent.vns:
+        for remote in vn.remotes:
+            if remote.mac == moving.mac:
+                return remote.version > moving.version
+        for tsi in vn.tsis:
+            if tsi.mac == moving.mac:
+                return tsi.state == "activated"
+    return True
+
+
+def _keep_port(desired: KernelState, actual: KernelState, moving: Moving) -> KernelState:
+    """A port of a move stays until the move is closed, whatever the intent says."""
+    if any(link.name == moving.port for link in desired.links):
+        return desired
+    kept = frozenset(link for link in actual.links if link.name == moving.port)
+    return msgspec.structs.replace(desired, links=desired.links | kept)
+
+
+def _keep_paths(desired: KernelState, actual: KernelState, moving: Moving) -> KernelState:
+    def ours(bridge: str, mac: str) -> bool:
+        return bridge in (moving.bridge, moving.device) and mac == moving.mac
+
+    entries = {e for e in desired.bridge_entries if not ours(e.bridge, e.mac)}
+    entries |= {e for e in actual.bridge_entries if ours(e.bridge, e.mac)}
+    tunnels = {e for e in desired.tunnel_entries if not ours(e.device, e.mac)}
+    tunnels |= {e for e in actual.tunnel_entries if ours(e.device, e.mac)}
+    muted = {m for m in desired.muted if m.port != moving.port}
+    muted |= {m for m in actual.muted if m.port == moving.port}
+    return msgspec.structs.replace(
+        desired,
+        bridge_entries=frozenset(entries),
+        tunnel_entries=frozenset(tunnels),
+        muted=frozenset(muted),
+    )

@@ -1,0 +1,308 @@
+"""Every door the roles need to the outside, and how each may fail. One page.
+
+A port is small and level-based: the caller states what should be. Adapters live in `dataplane`,
+`hypervisor`, `store` and `wire`; a fake stands beside each under the same contract suite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Literal, Protocol
+
+from overland.model.cluster import Record, Vm
+from overland.model.handover import Transfer as Transfer
+from overland.model.nve import KernelState, Op, OpFailure
+
+
+class PortFailure(Exception):
+    """The outside did not do what it was asked. The text is one line for a person."""
+
+
+class KernelFailure(PortFailure):
+    """Netlink, nftables, BPF or a tap refused."""
+
+
+class HypervisorFailure(PortFailure):
+    """QEMU is missing, died, or refused."""
+
+
+class StoreFailure(PortFailure):
+    """The store cannot be read or written (corrupt file, full disk)."""
+
+
+class Conflict(PortFailure):
+    """A compare-and-set met another revision than expected. Nothing was written."""
+
+
+# ---------------------------------------------------------------- kernel, steady state
+
+
+class Kernel(Protocol):
+    """One host's kernel. Only the agent's reconcile loop calls it."""
+
+    async def snapshot(self) -> KernelState:
+        """Read back everything that carries our mark."""
+        ...
+
+    async def apply(self, ops: Sequence[Op]) -> list[OpFailure]:
+        """Perform `ops` in order; an op that fails does not stop the others."""
+        ...
+
+
+# ---------------------------------------------------------------- kernel, handover
+
+
+class GateCounters(Record, frozen=True, kw_only=True):
+    """What passed one gate since it was armed. Times are CLOCK_REALTIME in ns, 0 if never."""
+
+    passed: int = 0
+    held: int = 0
+    redirected: int = 0
+    dropped: int = 0
+    first_redirected_ns: int = 0
+    last_redirected_ns: int = 0
+    first_passed_ns: int = 0
+    last_passed_ns: int = 0
+
+
+class Tunnel(Record, frozen=True, kw_only=True):
+    """The handover tunnel of one TSI between the old and the new NVE.
+
+    A point-to-point VXLAN device on its own UDP port; `number` is its identifier (24 bits).
+    """
+
+    number: int
+    local: str
+    remote: str
+    mtu: int
+
+
+class HandoverPath(Protocol):
+    """The moving parts of the data path of one host during a handover.
+
+    A *gate* stands at the egress of a port (all frames to that TSI, whatever their origin) or of
+    a VXLAN device (frames of this host's tenants to one MAC behind another NVE). It is in one of
+    these modes: pass; hold (frames wait in a bounded queue, in order); flow (released: once the
+    queue is empty frames go straight to the target, decided in the kernel, so order is kept).
+    """
+
+    async def open_tunnel(self, port: str, tunnel: Tunnel) -> None:
+        """Make the tunnel; what comes out of it goes to `port`'s queue and nowhere else."""
+        ...
+
+    async def close_tunnel(self, port: str, tunnel: Tunnel) -> None:
+        """Remove the tunnel and the gate's memory of it; content with absence."""
+        ...
+
+    async def arm_port(self, port: str, frames: int) -> None:
+        """Make the hold queue of `port`'s gate, for at most `frames`. Changes no path."""
+        ...
+
+    async def quiet_port(self, port: str) -> None:
+        """Let only unicast frames and tunnelled ones reach `port` (new NVE before commit)."""
+        ...
+
+    async def open_port(self, port: str) -> None:
+        """Let everything reach `port` again (new NVE at commit)."""
+        ...
+
+    async def hold_port(self, port: str) -> int:
+        """From now on frames to `port` wait. Returns the instant (CLOCK_REALTIME ns)."""
+        ...
+
+    async def port_drained(self, port: str, timeout_s: float) -> bool:
+        """Wait until the reader of `port` has taken every frame; False at the timeout."""
+        ...
+
+    async def release_port(self, port: str, to: Tunnel | None) -> int:
+        """Send on what `port`'s queue still has (rescue), then what waits, then let frames flow.
+
+        Into the tunnel, or with None to `port` itself (an abort; then nothing is rescued).
+        Only with the VM stopped. Returns the number of rescued frames.
+        """
+        ...
+
+    async def mute_broadcast(self, port: str) -> None:
+        """Stop sending copies of broadcast and multicast into the tunnel (old NVE at commit)."""
+        ...
+
+    async def arm_peer(self, device: str, mac: str, frames: int) -> None:
+        """Make the hold queue for frames leaving `device` (VXLAN) to `mac`. Changes no path."""
+        ...
+
+    async def steer(
+        self, device: str, mac: str, remote: str, port: str | None, timeout_s: float
+    ) -> float:
+        """Turn frames to `mac` to NVE `remote`, in order; returns the round trip in seconds.
+
+        Holds them, sends a marker down the old path, waits for the NVE at its end to answer,
+        changes the entry, releases. With `port` they go to that local port instead (the new NVE
+        itself). When no answer comes within `timeout_s` it goes on without: then order is
+        not proved, and KernelFailure is raised after the release.
+        """
+        ...
+
+    async def disarm_peer(self, device: str, mac: str) -> None:
+        """Remove the gate's entry and queue; content with absence."""
+        ...
+
+    async def disarm_port(self, port: str) -> None:
+        """Gate back to pass, queue removed; content with absence."""
+        ...
+
+    async def cross(self, device: str, remote: str, timeout_s: float) -> float:
+        """Send a probe frame through `device` to NVE `remote`; its answer's round trip, seconds.
+
+        KernelFailure when none comes: the path is not ready.
+        """
+        ...
+
+    async def count_port(self, port: str) -> GateCounters: ...
+
+    async def count_peer(self, device: str, mac: str) -> GateCounters: ...
+
+    async def count_tunnel(self, tunnel: Tunnel) -> tuple[int, int]:
+        """Frames sent into and received from the tunnel device on this host."""
+        ...
+
+
+# ---------------------------------------------------------------- hypervisor
+
+
+class HypervisorFacts(Record, frozen=True, kw_only=True):
+    """What this host's hypervisor can do. `notice` is one line for the operator, or empty."""
+
+    version: str
+    accelerator: Literal["kvm", "tcg"]
+    machine_types: tuple[str, ...]
+    cpu_models: tuple[str, ...]
+    notice: str = ""
+
+
+RunState = Literal["running", "paused", "incoming", "sent", "stopped", "crashed"]
+
+
+class Hypervisor(Protocol):
+    """The VMs of one host. Ports (taps) exist before `start` and `receive`."""
+
+    async def facts(self) -> HypervisorFacts:
+        """Raise HypervisorFailure with the reason when nothing can run here."""
+        ...
+
+    async def start(self, vm: Vm, ports: Sequence[str]) -> None: ...
+
+    async def receive(self, vm: Vm, ports: Sequence[str], listen: str) -> str:
+        """Start a paused copy that waits for state; returns the URI to send it to.
+
+        It never runs by itself: only `resume` makes it run.
+        """
+        ...
+
+    async def send(self, vm: str, uri: str, bandwidth_bytes_per_s: int | None) -> None:
+        """Begin to send; the VM keeps running and never stops of its own accord."""
+        ...
+
+    async def transfer(self, vm: str) -> Transfer: ...
+
+    async def finish(self, vm: str) -> int:
+        """Stop the VM and let the transfer complete. Returns the STOP event's time (ns).
+
+        Returns as soon as the VM has stopped; `transfer` tells when all has been sent.
+        """
+        ...
+
+    async def received(self, vm: str, timeout_s: float) -> int:
+        """Wait until the incoming copy is whole. Returns the instant (CLOCK_REALTIME ns)."""
+        ...
+
+    async def cancel(self, vm: str) -> None:
+        """Give up sending. The VM stays as it is: running, or stopped if it was stopped."""
+        ...
+
+    async def resume(self, vm: str) -> int:
+        """Run it. Returns the RESUME event's time (CLOCK_REALTIME ns)."""
+        ...
+
+    async def pause(self, vm: str) -> int: ...
+
+    async def stop(self, vm: str) -> None:
+        """End the process; content with absence."""
+        ...
+
+    async def state(self, vm: str) -> RunState | None:
+        """None when no copy of it is here."""
+        ...
+
+    async def digest(self, vm: str) -> str:
+        """SHA-256 of the whole guest memory of a stopped copy (R-09)."""
+        ...
+
+    def events(self) -> AsyncIterator[tuple[str, RunState]]:
+        """(VM, new state) as the hypervisor itself reports it."""
+        ...
+
+    async def list(self) -> list[str]:
+        """Names of the VMs with a process here."""
+        ...
+
+
+# ---------------------------------------------------------------- store
+
+
+class Entry(Record, frozen=True, kw_only=True):
+    """One stored value. `revision` is that of its last change; 0 stands for absence."""
+
+    key: str
+    value: bytes
+    revision: int
+
+
+class Put(Record, frozen=True, kw_only=True, tag=True):
+    key: str
+    value: bytes
+    lease: str | None = None
+
+
+class Delete(Record, frozen=True, kw_only=True, tag=True):
+    key: str
+
+
+class Expect(Record, frozen=True, kw_only=True):
+    """`key` must be at `revision` (0: must not exist)."""
+
+    key: str
+    revision: int
+
+
+class Change(Record, frozen=True, kw_only=True):
+    """What a watch reports; `value` is None for a deletion."""
+
+    key: str
+    value: bytes | None
+    revision: int
+
+
+class Store(Protocol):
+    """Keys in order, one revision number for the whole store, raised by each transaction."""
+
+    async def get(self, key: str) -> Entry | None: ...
+
+    async def list(self, prefix: str) -> tuple[list[Entry], int]:
+        """All entries below `prefix` in key order, and the store's revision."""
+        ...
+
+    async def commit(self, expects: Sequence[Expect], writes: Sequence[Put | Delete]) -> int:
+        """All writes or none; durable on return. Returns the new revision; raises Conflict."""
+        ...
+
+    def watch(self, prefix: str, after: int) -> AsyncIterator[Change]:
+        """Every change below `prefix` later than revision `after`, in order, then live ones."""
+        ...
+
+    async def grant(self, lease: str, ttl_s: float) -> None:
+        """Make or renew a lease; keys put with it vanish when it is not renewed in time."""
+        ...
+
+    async def revoke(self, lease: str) -> None: ...
+
+    async def close(self) -> None: ...

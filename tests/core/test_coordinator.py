@@ -1,0 +1,206 @@
+"""The coordinator's machine: the whole state table, the straight way, and disordered ways."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from overland.mobility import messages as m
+from overland.mobility.coordinator import step
+from overland.model.handover import (
+    ENDED,
+    FORWARD,
+    LEGAL,
+    OLD_NVE_ACTION,
+    Handover,
+    Phase,
+    committed,
+)
+from tests.core.moves import NEW, OLD, PEER, every_event, in_phase, planned
+
+SPEC = Path(__file__).parents[2] / "spec" / "handover.md"
+STABLE: tuple[Phase, ...] = (
+    "planned",
+    "precopy",
+    "paused",
+    "equal",
+    "committed",
+    "converging",
+    "drained",
+    "aborting",
+    "closed",
+    "aborted",
+)
+LATE_S = 10_000.0
+
+
+def cell(phase: Phase, event: m.CoordinatorEvent) -> str:
+    """What the machine does with `event` in `phase`, as spec/handover.md writes it."""
+    record = in_phase(phase)
+    now_s = LATE_S if isinstance(event, m.Tick) else 0.0
+    after, effects = step(record, event, now_s, 100)
+    did = []
+    if after.phase != phase:
+        did.append(f"→ {after.phase}")
+    for effect in effects:
+        match effect:
+            case m.Tell(nve=nve, order=order):
+                role = {OLD: "old", NEW: "new", PEER: "peer"}[nve]
+                did.append(f"{type(order).__name__} to {role}")
+            case m.Commit():
+                did.append("compare-and-set")
+    return ", ".join(did) or "·"
+
+
+def spec_table() -> dict[tuple[str, str], str]:
+    """The cells of the coordinator's table in the specification."""
+    text = SPEC.read_text()
+    block = text.split("<!-- coordinator table -->")[1]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in block.strip().splitlines()]
+    header, body = rows[0][1:], rows[2:]
+    return {
+        (phase, row[0]): did for row in body for phase, did in zip(header, row[1:], strict=True)
+    }
+
+
+@pytest.mark.req("R-45")
+def test_every_cell_of_the_specified_table_is_what_the_code_does() -> None:
+    table = spec_table()
+    found = {
+        (phase, type(event).__name__): cell(phase, event)
+        for phase in STABLE
+        for event in every_event()
+    }
+    assert found == table
+
+
+@pytest.mark.req("R-35")
+def test_one_action_of_the_old_nve_for_each_phase() -> None:
+    rows = re.findall(r"^\| (\w+) \| (deliver|hold|redirect|drop)", SPEC.read_text(), re.MULTILINE)
+    assert dict(rows) == OLD_NVE_ACTION
+    assert set(OLD_NVE_ACTION) == set(LEGAL)
+
+
+@pytest.mark.req("R-46")
+def test_no_commit_before_equality() -> None:
+    for phase in STABLE:
+        for event in every_event():
+            now_s = LATE_S if isinstance(event, m.Tick) else 0.0
+            after, effects = step(in_phase(phase), event, now_s, 100)
+            if any(isinstance(effect, m.Commit) for effect in effects):
+                assert after.phase == "equal"
+                assert after.equal_ns >= after.stop_ns > 0
+            for effect in effects:
+                if isinstance(effect, m.Tell) and isinstance(effect.order, m.Activate):
+                    assert committed(after.phase)
+
+
+@pytest.mark.req("R-09")
+def test_the_straight_way_orders_its_instants() -> None:
+    record = in_phase("drained")
+    assert 0 < record.held_ns < record.stop_ns < record.equal_ns <= record.commit_ns
+    assert record.commit_ns <= record.resume_ns
+    assert [each.phase for each in record.phases] == list(FORWARD[:-1])
+
+
+def test_memory_that_differs_at_equality_never_commits() -> None:
+    record = in_phase("paused")
+    verify = msgspec.structs.replace(record.options, verify=True)
+    record = msgspec.structs.replace(record, options=verify)
+    record, _ = step(record, m.Received(move="m1", nve=NEW, at_ns=30), 0.0, 1)
+    record, _ = step(record, m.Digested(move="m1", nve=OLD, sha256="aa"), 0.0, 1)
+    record, effects = step(record, m.Digested(move="m1", nve=NEW, sha256="bb"), 0.0, 1)
+    assert record.phase == "aborting"
+    assert not any(isinstance(effect, m.Commit) for effect in effects)
+
+
+@pytest.mark.req("R-42")
+def test_the_tunnel_lives_exactly_until_the_last_subscriber_acknowledged() -> None:
+    record = in_phase("converging")
+    for nve in (OLD, NEW):
+        record, _ = step(record, m.Acknowledged(nve=nve, at_ns=60), 0.0, 1)
+    for _hour in range(1000):
+        record, effects = step(record, m.Tick(), LATE_S * 3600, 1)
+        assert (record.phase, effects) == ("converging", ())
+    record, effects = step(record, m.Acknowledged(nve=PEER, at_ns=70), 0.0, 1)
+    assert record.phase == "drained"
+    assert effects == ()
+    record, effects = step(record, m.Tick(), LATE_S, 1)
+    assert {type(e.order) for e in effects if isinstance(e, m.Tell)} == {m.Close}
+    assert record.close_reason == "all peers acknowledged"
+
+
+@pytest.mark.req("R-40")
+def test_silence_of_tenants_is_no_event_at_all() -> None:
+    """Nothing that a tenant sends or does not send can reach the coordinator."""
+    said_by_tenants = {"Packet", "Fin", "Idle", "Announcement"}
+    kinds = {type(event).__name__ for event in every_event()}
+    assert not kinds & said_by_tenants
+    record = in_phase("converging")
+    after, _ = step(record, m.Tick(), LATE_S, 1)
+    assert after == record
+
+
+@pytest.mark.req("R-42")
+def test_a_fenced_peer_is_not_waited_for_and_is_named() -> None:
+    record = in_phase("converging")
+    for nve in (OLD, NEW):
+        record, _ = step(record, m.Acknowledged(nve=nve, at_ns=60), 0.0, 1)
+    record, _ = step(record, m.Lost(nve=PEER), 0.0, 1)
+    assert record.phase == "drained"
+    assert record.close_reason == f"all peers acknowledged; fenced: {PEER}"
+
+
+orders = st.lists(
+    st.sampled_from(
+        [
+            *every_event(),
+            *(m.Prepared(move="m1", nve=nve, uri="u") for nve in (NEW, PEER)),
+            *(m.Acknowledged(nve=nve, at_ns=60) for nve in (OLD, NEW)),
+            *(m.Closed(move="m1", nve=nve) for nve in (OLD, NEW)),
+            m.Lost(nve=OLD),
+            m.Lost(nve=NEW),
+        ]
+    ),
+    max_size=40,
+)
+
+
+def walk(record: Handover, events: list[m.CoordinatorEvent]) -> list[Handover]:
+    seen = [record]
+    now_s = 0.0
+    for event in events:
+        now_s += 30.0
+        if isinstance(event, m.Committed) and record.phase != "equal":
+            continue  # only the compare-and-set makes this event
+        record, _ = step(record, event, now_s, int(now_s * 1e9) + 100)
+        seen.append(record)
+    return seen
+
+
+@pytest.mark.req("R-45")
+@settings(max_examples=400, deadline=None)
+@given(orders)
+def test_whatever_comes_in_whatever_order_phases_go_only_the_legal_ways(
+    events: list[m.CoordinatorEvent],
+) -> None:
+    seen = walk(planned(), events)
+    phases = [each.phase for each in seen[-1].phases]
+    for earlier, later in zip(phases, phases[1:], strict=False):
+        assert later in LEGAL[earlier]
+    assert not ("committed" in phases and "aborting" in phases)
+
+
+@settings(max_examples=200, deadline=None)
+@given(orders)
+def test_repeating_an_event_changes_nothing_more(events: list[m.CoordinatorEvent]) -> None:
+    once = walk(planned(), events)[-1]
+    if not events or isinstance(events[-1], m.Tick | m.Start):
+        return
+    again, _ = step(once, events[-1], 0.0, 1)
+    assert again.phase == once.phase or once.phase in ENDED
