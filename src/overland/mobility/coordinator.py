@@ -108,7 +108,7 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
         case Digested():
             return _digested(record, event, now_ns, now_s)
         case Steered(nve=nve, at_ns=at_ns):
-            return _steered(record, nve, at_ns), ()
+            return _steered(record, nve, at_ns, now_s)
         case Committed():
             return _committed(record, event, now_ns)
         case Running():
@@ -173,7 +173,9 @@ def _start(record: Handover, now_s: float) -> Step:
         case "running" | "converging":
             return record, ()
         case "drained":
-            return record, _close_orders(record)
+            return _close(record, now_s)
+        case "aborting" if record.restored:
+            return _close(record, now_s)
         case "aborting":
             return msgspec.structs.replace(record, deadline_s=now_s + GIVE_BACK_LIMIT_S), (
                 _tell(record.new_nve, GiveBack(move=move)),
@@ -192,6 +194,8 @@ def _failing(
 ) -> Step:
     match event:
         case Failed(nve=nve, step=step_name, why=why):
+            if step_name == "steer" and record.phase == "aborting":
+                return _steered(record, nve, now_ns, now_s)
             if step_name == "steer":
                 # Order at one peer is not proved; the commit's push still moves it over.
                 return record, ()
@@ -282,11 +286,14 @@ def _digested(record: Handover, event: Digested, now_ns: int, now_s: float) -> S
     return record, (_commit(record),)
 
 
-def _steered(record: Handover, nve: str, at_ns: int) -> Handover:
-    if nve in _names(record.steered) or record.phase == "aborting":
-        return record
+def _steered(record: Handover, nve: str, at_ns: int, now_s: float) -> Step:
+    if record.phase == "aborting":
+        turning = record.restored and not record.closing and nve in record.waiting
+        return _turned_back(record, nve, now_s) if turning else (record, ())
+    if nve in _names(record.steered):
+        return record, ()
     seen = Acknowledgement(nve=nve, at_ns=at_ns)
-    return msgspec.structs.replace(record, steered=(*record.steered, seen))
+    return msgspec.structs.replace(record, steered=(*record.steered, seen)), ()
 
 
 def _committed(record: Handover, event: Committed, now_ns: int) -> Step:
@@ -332,22 +339,12 @@ def _converge(record: Handover, now_s: float, now_ns: int) -> Step:
     return record, ()
 
 
-def _drained(record: Handover, now_s: float) -> Step:
-    """The guard has passed: what was launched into the tunnel has come out of it."""
-    record = msgspec.structs.replace(
-        record,
-        waiting=frozenset(involved(record)) - set(record.fenced),
-        deadline_s=now_s + CLOSE_LIMIT_S,
-    )
-    return record, _close_orders(record)
-
-
 def _close_orders(record: Handover) -> tuple[CoordinatorEffect, ...]:
     return tuple(_tell(nve, Close(move=record.id)) for nve in sorted(record.waiting))
 
 
 def _closed(record: Handover, event: Closed, now_ns: int) -> Step:
-    if record.phase not in ("drained", "aborting") or event.nve not in record.waiting:
+    if not record.closing or event.nve not in record.waiting:
         return record, ()
     record = msgspec.structs.replace(
         record,
@@ -398,7 +395,7 @@ def _abort(record: Handover, why: str, now_s: float, now_ns: int) -> Step:
 
 
 def _given_back(record: Handover, nve: str, now_s: float) -> Step:
-    if record.phase != "aborting" or record.waiting != {nve} or nve != record.new_nve:
+    if record.phase != "aborting" or record.restored or nve != record.new_nve:
         return record, ()
     return _restore(record, now_s)
 
@@ -411,17 +408,35 @@ def _restore(record: Handover, now_s: float) -> Step:
 
 
 def _restored(record: Handover, now_s: float, now_ns: int) -> Step:
-    """The VM runs at the old host: peers turn back, then everything the move made goes."""
-    if record.phase != "aborting" or record.waiting != {record.old_nve}:
+    """The VM runs at the old host: peers that were steered turn back before anything goes."""
+    if record.phase != "aborting" or record.restored:
         return record, ()
-    back = tuple(_tell(peer, Steer(move=record.id, back=True)) for peer in record.peers)
     record = msgspec.structs.replace(
         record,
         restored=True,
+        waiting=(_names(record.steered) & set(record.peers)) - set(record.fenced),
+        deadline_s=now_s + GIVE_BACK_LIMIT_S,
+    )
+    if not record.waiting:
+        return _close(record, now_s)
+    back = Steer(move=record.id, back=True)
+    return record, tuple(_tell(peer, back) for peer in sorted(record.waiting))
+
+
+def _turned_back(record: Handover, nve: str, now_s: float) -> Step:
+    record = msgspec.structs.replace(record, waiting=record.waiting - {nve})
+    return (record, ()) if record.waiting else _close(record, now_s)
+
+
+def _close(record: Handover, now_s: float) -> Step:
+    """Everybody cleans up; their counts complete the receipt."""
+    record = msgspec.structs.replace(
+        record,
+        closing=True,
         waiting=frozenset(involved(record)) - set(record.fenced),
         deadline_s=now_s + CLOSE_LIMIT_S,
     )
-    return record, (*back, *_close_orders(record))
+    return record, _close_orders(record)
 
 
 def _lost(record: Handover, nve: str, now_s: float, now_ns: int) -> Step:
@@ -431,7 +446,7 @@ def _lost(record: Handover, nve: str, now_s: float, now_ns: int) -> Step:
     record = msgspec.structs.replace(record, fenced=(*record.fenced, nve))
     if record.phase == "converging":
         return _converge(record, now_s, now_ns)
-    if record.waiting and record.phase in ("drained", "aborting"):
+    if record.waiting and (record.closing or record.phase == "aborting"):
         return _give_up_waiting(record, frozenset({nve}), now_s, now_ns)
     if committed(record.phase):
         return record, ()
@@ -445,7 +460,7 @@ def _give_up_waiting(record: Handover, nves: frozenset[str], now_s: float, now_n
     record = msgspec.structs.replace(record, waiting=record.waiting - nves)
     if record.waiting:
         return record, ()
-    return _end(record, now_ns), ()
+    return (_end(record, now_ns), ()) if record.closing else _close(record, now_s)
 
 
 def _tick(record: Handover, now_s: float, now_ns: int) -> Step:
@@ -463,8 +478,9 @@ def _tick(record: Handover, now_s: float, now_ns: int) -> Step:
             return _abort(record, why, now_s, now_ns)
         case "paused" | "equal":
             return _abort(record, "the new copy was not whole in time", now_s, now_ns)
-        case "drained" if not record.waiting:
-            return _drained(record, now_s)
+        case "drained" if not record.closing:
+            # The guard has passed: what was launched into the tunnel has come out of it.
+            return _close(record, now_s)
         case "drained" | "aborting":
             return _give_up_waiting(record, record.waiting, now_s, now_ns)
         case _:

@@ -176,7 +176,8 @@ class Handover(Record, frozen=True, kw_only=True):
 
     `held_ns`: the old VM stopped receiving (gate closed). `stop_ns`, `resume_ns`: QEMU's events.
     `equal_ns`: the new copy is whole, both are stopped (R-09). `waiting` names the NVEs whose
-    answer the present phase needs. `deadline_s` is compared with Tick.
+    answer the present phase needs. `restored`: an abort has the VM back at the old host. `closing`:
+    everybody was told to clean up. `deadline_s` is compared with Tick.
     """
 
     id: str
@@ -202,6 +203,7 @@ class Handover(Record, frozen=True, kw_only=True):
     acknowledged: tuple[Acknowledgement, ...] = ()
     fenced: tuple[str, ...] = ()
     restored: bool = False
+    closing: bool = False
     deadline_s: float = 0.0
     outcome: Literal["open", "moved", "aborted", "unknown"] = "open"
     reason: str | None = None

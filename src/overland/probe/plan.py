@@ -73,9 +73,9 @@ def plan_probe(
     `rate` is in datagrams per second for each direction, over all correspondents and families
     together; what does not divide evenly goes to the first ones, so the sum is exact. `payload` is
     the size of the UDP payload in bytes. With `tcp`, a stream of `tcp_rate` records per second
-    runs beside every UDP flow, on the same port number. The n-th pair of correspondent and family
-    always has port `base_port` + 2n + (0 for IPv4, 1 for IPv6), at both ends; two plans that share
-    a correspondent at the same time need base ports far enough apart.
+    runs beside every UDP flow, on the same port number. Flows with the n-th correspondent, from 0,
+    always have port `base_port` + 2n over IPv4 and one more over IPv6, in both directions; two
+    plans that share a correspondent at the same time need base ports far enough apart.
 
     Raises `PlanError` when a flow would be left without a single datagram per second.
     """

@@ -1,0 +1,83 @@
+"""A whole move by its real machines: the transcript, each failure, an abort in each phase."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.core.conversation import Conversation
+from tests.core.moves import NEW, OLD, PEER
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+BEFORE_COMMIT = [
+    (NEW, "QuietPorts"),
+    (NEW, "MakeTunnel"),
+    (NEW, "ArmPorts"),
+    (NEW, "ArmPeers"),
+    (NEW, "ReceiveCopy"),
+    (NEW, "AwaitCopy"),
+    (OLD, "MakeTunnel"),
+    (OLD, "ArmPorts"),
+    (OLD, "ProvePath"),
+    (OLD, "BeginSend"),
+    (OLD, "HoldPorts"),
+    (OLD, "AwaitDrained"),
+    (OLD, "FinishSend"),
+    (OLD, "ReleaseInto"),
+    (PEER, "ArmPeers"),
+    (PEER, "ProvePath"),
+]
+
+
+def golden(name: str, transcript: list[str]) -> None:
+    """Compare with the kept transcript; OVERLAND_ACCEPT=1 keeps the new one."""
+    path = GOLDEN / f"{name}.txt"
+    text = "\n".join(transcript) + "\n"
+    if os.environ.get("OVERLAND_ACCEPT"):
+        path.write_text(text)
+    assert path.read_text() == text
+
+
+@pytest.mark.req("R-47")
+def test_a_hot_move_reads_as_the_specification_says() -> None:
+    talk = Conversation()
+    golden("hot_move", talk.play())
+    assert talk.record.outcome == "moved"
+    assert talk.running == {NEW}
+
+
+def test_an_abort_after_the_stop_brings_the_vm_and_its_frames_home() -> None:
+    talk = Conversation()
+    golden("hot_abort_paused", talk.play(abort_in="paused"))
+    assert talk.record.outcome == "aborted"
+    assert talk.running == {OLD}
+
+
+@pytest.mark.req("R-14")
+@pytest.mark.parametrize(("nve", "effect"), BEFORE_COMMIT)
+def test_any_failure_before_the_commit_ends_with_the_vm_at_the_old_host(
+    nve: str, effect: str
+) -> None:
+    talk = Conversation(fail={(nve, effect)})
+    talk.play()
+    assert talk.record.outcome == "aborted"
+    assert f"{nve}: {effect}: injected" in (talk.record.reason or "")
+    assert talk.running == {OLD}
+    assert all(part.stage == "closed" for part in talk.parts.values())
+
+
+@pytest.mark.parametrize("phase", ["planned", "precopy", "paused", "equal"])
+def test_an_abort_in_any_phase_before_the_commit_ends_at_the_old_host(phase: str) -> None:
+    talk = Conversation()
+    talk.play(abort_in=phase)
+    assert (talk.record.outcome, talk.running) in (("aborted", {OLD}), ("moved", {NEW}))
+    assert (talk.record.outcome == "aborted") == (phase != "equal" or OLD in talk.running)
+
+
+def test_a_peer_that_cannot_steer_does_not_stop_the_move() -> None:
+    talk = Conversation(fail={(PEER, "SteerHere")})
+    talk.play()
+    assert talk.record.outcome == "moved"
