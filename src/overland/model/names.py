@@ -141,3 +141,8 @@ def mark(kind: str, name: str) -> str:
 def is_ours(alias: str | None) -> bool:
     """Tell whether an ifalias carries our mark."""
     return bool(alias) and str(alias).startswith("overland ")
+
+
+def vni_of(device: str) -> int:
+    """The VNI in the kernel name of a VN's VXLAN device or bridge."""
+    return int(device[3:])

@@ -11,6 +11,10 @@ from typing import Literal
 from overland.model.cluster import Family, Record
 
 
+FLOOD = "00:00:00:00:00:00"
+"""The VXLAN entry that stands for everybody: broadcast, unknown unicast and multicast."""
+
+
 class TsiIntent(Record, frozen=True, kw_only=True):
     """One tenant system interface on this NVE (RFC 8394 states; requirements.md 3.3).
 
@@ -46,6 +50,8 @@ class VnIntent(Record, frozen=True, kw_only=True):
     mtu: int
     underlay: Family
     local: str
+    ipv4_prefix: int = 24
+    ipv6_prefix: int = 64
     members: tuple[str, ...] = ()
     tsis: tuple[TsiIntent, ...] = ()
     remotes: tuple[RemoteIntent, ...] = ()

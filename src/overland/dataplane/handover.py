@@ -1,0 +1,363 @@
+"""The HandoverPath port on Linux: tunnels, gates, hold queues and path frames put together.
+
+What each step promises is written at the port (`overland.ports.HandoverPath`) and in
+spec/handover.md; here stands how Linux does it. Everything may be repeated, and nothing is
+remembered that the kernel does not hold, except the readers of hold queues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import time
+from dataclasses import dataclass, field
+
+from pyroute2 import AsyncIPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from overland.dataplane import pathframe
+from overland.dataplane.devices import device_counts, interface_index, silence
+from overland.dataplane.gate import DROP_BROADCAST, FLOW, HOLD, PASS, UNICAST_ONLY, Control, Gate
+from overland.dataplane.gates import Gates
+from overland.dataplane.hold import HoldQueue, Injector, rescue
+from overland.dataplane.tap import TapTable, ring_empty
+from overland.model.names import bridge_name, hold_name, mark, tunnel_name, vni_of
+from overland.ports import GateCounters, KernelFailure, Tunnel
+
+TUNNEL_PORT = 4788
+"""UDP port of handover tunnels, apart from the VNs' own (4789), so that identifiers never clash."""
+
+_HOLD_MTU = 65000
+_DRAIN_LOOK_S = 0.0005
+_DRAIN_QUIET = 3
+"""Looks in a row that must find the ring empty: QEMU takes frames in batches."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Waiting:
+    """A hold queue and, once released, where its frames go on."""
+
+    queue: HoldQueue
+    gate: Gate
+    mac: str | None
+    injector: Injector | None = None
+    path_frames: bool = True
+    released: int = 0
+    drops: int = field(default=0)
+
+    def forward(self) -> None:
+        """Send on what waits and tell the gate; called whenever a frame is there."""
+        assert self.injector is not None
+        self.released += self.queue.drain(self.injector.send, path_frames=self.path_frames)
+        dropped = self.queue.overflowed()
+        self.released += dropped - self.drops
+        self.drops = dropped
+        self.gate.change(self.mac, released=self.released)
+
+    def settled(self) -> bool:
+        return self.gate.held(self.mac) == self.released
+
+
+class LinuxHandoverPath:
+    """The moving parts of one host's data path. `taps` are the descriptors of its VM taps."""
+
+    def __init__(self, ip: AsyncIPRoute, gates: Gates, taps: TapTable) -> None:
+        self._ip = ip
+        self._gates = gates
+        self._taps = taps
+        self._waiting: dict[tuple[str, str | None], _Waiting] = {}
+        self._responders: dict[str, pathframe.Responder] = {}
+
+    # ------------------------------------------------------------ tunnel
+
+    async def open_tunnel(self, port: str, tunnel: Tunnel) -> None:
+        name = tunnel_name(tunnel.number)
+        family = "6" if ":" in tunnel.remote else ""
+        try:
+            await self._ip.link(
+                "add",
+                ifname=name,
+                kind="vxlan",
+                mtu=tunnel.mtu,
+                vxlan_id=tunnel.number,
+                vxlan_port=TUNNEL_PORT,
+                vxlan_learning=False,
+                vxlan_ttl=64,
+                **{f"vxlan_local{family}": tunnel.local, f"vxlan_group{family}": tunnel.remote},
+            )
+        except NetlinkError as error:
+            if error.code != errno.EEXIST:
+                raise KernelFailure(f"tunnel to {tunnel.remote}: {error}") from None
+        silence(name)
+        await self._set_link(name, ifalias=mark("tunnel", port))
+        await self._gates.to_port(name, port)
+        self._respond_on(name)
+        await self._set_link(name, state="up")
+
+    async def close_tunnel(self, port: str, tunnel: Tunnel) -> None:
+        name = tunnel_name(tunnel.number)
+        self._silent(name)
+        await self._delete(name)
+
+    async def count_tunnel(self, tunnel: Tunnel) -> tuple[int, int]:
+        name = tunnel_name(tunnel.number)
+        counts = device_counts(name)
+        return counts.sent, counts.received
+
+    # ------------------------------------------------------------ ports
+
+    async def arm_port(self, port: str, frames: int) -> None:
+        gate = await self._gates.ensure(port, "port")
+        await self._arm(port, None, gate, frames)
+
+    async def quiet_port(self, port: str) -> None:
+        gate = await self._gates.ensure(port, "port")
+        now = gate.control(None) or Control()
+        gate.arm(None, Control(hold=now.hold, flags=UNICAST_ONLY))
+
+    async def open_port(self, port: str) -> None:
+        gate = await self._gates.ensure(port, "port")
+        if gate.control(None) is not None:
+            gate.change(None, flags=0)
+
+    async def hold_port(self, port: str) -> int:
+        gate = await self._gates.ensure(port, "port")
+        self._stop_forwarding(port, None)
+        gate.change(None, mode=HOLD)
+        return time.time_ns()
+
+    async def port_drained(self, port: str, timeout_s: float) -> bool:
+        fd = self._taps.fd(port)
+        deadline_s = time.monotonic() + timeout_s
+        quiet = 0
+        while quiet < _DRAIN_QUIET:
+            quiet = quiet + 1 if ring_empty(fd) else 0
+            if time.monotonic() > deadline_s:
+                return False
+            await asyncio.sleep(_DRAIN_LOOK_S)
+        return True
+
+    async def release_port(self, port: str, to: Tunnel | None) -> int:
+        gate = await self._gates.ensure(port, "port")
+        rescued = 0
+        if to is not None:
+            device = tunnel_name(to.number)
+            injector = Injector(device, vnet_header=True)
+            try:
+                rescued = rescue(self._taps.fd(port), injector)
+            finally:
+                injector.close()
+        else:
+            device = port
+        target = interface_index(device) if to is not None else 0
+        await self._release(port, None, gate, Injector(device), target, path_frames=to is not None)
+        return rescued
+
+    async def mute_broadcast(self, port: str) -> None:
+        gate = await self._gates.ensure(port, "port")
+        now = gate.control(None)
+        if now is not None:
+            gate.change(None, flags=now.flags | DROP_BROADCAST)
+
+    async def disarm_port(self, port: str) -> None:
+        try:
+            gate = await self._gates.ensure(port, "port")
+        except KernelFailure:
+            gate = None
+        await self._disarm(port, None, gate)
+
+    async def count_port(self, port: str) -> GateCounters:
+        return await self._count(port, None, "port")
+
+    # ------------------------------------------------------------ peers
+
+    async def arm_peer(self, device: str, mac: str, frames: int) -> None:
+        gate = await self._gates.ensure(device, "peer")
+        await self._arm(device, mac, gate, frames)
+        self._respond_on(device)
+
+    async def steer(
+        self, device: str, mac: str, remote: str, port: str | None, timeout_s: float
+    ) -> float:
+        gate = await self._gates.ensure(device, "peer")
+        began_s = time.monotonic()
+        with pathframe.Asker(remote) as asker:
+            self._stop_forwarding(device, mac)
+            gate.change(mac, mode=HOLD)
+            marker = Injector(device)
+            try:
+                address = bytes.fromhex(mac.replace(":", ""))
+                marker.send(asker.frame(pathframe.MARKER, address))
+            finally:
+                marker.close()
+            proved = await asker.answered(timeout_s)
+        if port is None:
+            await self._entry(device, mac, remote)
+            await self._release(device, mac, gate, Injector(device), 0, path_frames=True)
+        else:
+            target = interface_index(port)
+            await self._release(device, mac, gate, Injector(port), target, path_frames=False)
+            await self._local(bridge_name(vni_of(device)), mac, port)
+        if not proved:
+            raise KernelFailure(f"no marker came back from {remote}: order is not proved")
+        return time.monotonic() - began_s
+
+    async def disarm_peer(self, device: str, mac: str) -> None:
+        try:
+            gate = await self._gates.ensure(device, "peer")
+        except KernelFailure:
+            gate = None
+        await self._disarm(device, mac, gate)
+
+    async def count_peer(self, device: str, mac: str) -> GateCounters:
+        return await self._count(device, mac, "peer")
+
+    async def cross(self, device: str, remote: str, timeout_s: float) -> float:
+        return await pathframe.probe(device, vni_of(device), remote, timeout_s)
+
+    def listen(self, device: str) -> None:
+        """Answer path frames on VN device `device` from now on."""
+        self._respond_on(device)
+
+    # ------------------------------------------------------------ how
+
+    async def _arm(self, device: str, mac: str | None, gate: Gate, frames: int) -> None:
+        name = hold_name(device, mac or "")
+        waiting = self._waiting.get((device, mac))
+        if waiting is None:
+            waiting = _Waiting(queue=HoldQueue(name, frames), gate=gate, mac=mac)
+            silence(name)
+            alias = mark("hold", device)
+            await self._set_link(name, ifalias=alias, mtu=_HOLD_MTU, state="up")
+            self._waiting[device, mac] = waiting
+        now = gate.control(mac) or Control(mode=PASS)
+        waiting.released = now.released
+        hold = interface_index(name)
+        gate.arm(
+            mac,
+            Control(
+                mode=now.mode,
+                target=now.target,
+                hold=hold,
+                flags=now.flags,
+                released=now.released,
+            ),
+        )
+
+    async def _release(
+        self,
+        device: str,
+        mac: str | None,
+        gate: Gate,
+        injector: Injector,
+        target: int,
+        *,
+        path_frames: bool,
+    ) -> None:
+        """Send on what waits, let frames flow, and go on sending whatever still comes to wait."""
+        waiting = self._waiting[device, mac]
+        waiting.injector = injector
+        waiting.path_frames = path_frames
+        waiting.forward()
+        gate.change(mac, mode=FLOW, target=target)
+        asyncio.get_running_loop().add_reader(waiting.queue.fd, waiting.forward)
+        waiting.forward()
+        while not waiting.settled():
+            await asyncio.sleep(0)
+            waiting.forward()
+
+    def _stop_forwarding(self, device: str, mac: str | None) -> None:
+        waiting = self._waiting.get((device, mac))
+        if waiting is None or waiting.injector is None:
+            return
+        asyncio.get_running_loop().remove_reader(waiting.queue.fd)
+        waiting.injector.close()
+        waiting.injector = None
+
+    async def _disarm(self, device: str, mac: str | None, gate: Gate | None) -> None:
+        if gate is not None:
+            gate.disarm(mac)
+        waiting = self._waiting.pop((device, mac), None)
+        if waiting is not None:
+            asyncio.get_running_loop().remove_reader(waiting.queue.fd)
+            if waiting.injector is not None:
+                # A frame may have entered just before the gate forgot: it still goes on.
+                waiting.queue.drain(waiting.injector.send, path_frames=waiting.path_frames)
+                waiting.injector.close()
+            waiting.queue.close()
+        await self._delete(hold_name(device, mac or ""))
+
+    async def _count(self, device: str, mac: str | None, kind: str) -> GateCounters:
+        gate = await self._gates.ensure(device, "port" if kind == "port" else "peer")
+        counters = gate.counters(mac)
+        waiting = self._waiting.get((device, mac))
+        dropped = counters.dropped + (waiting.queue.overflowed() if waiting else 0)
+        return GateCounters(
+            passed=counters.passed,
+            held=counters.held,
+            redirected=counters.redirected,
+            dropped=dropped,
+            first_redirected_ns=counters.first_redirected_ns,
+            last_redirected_ns=counters.last_redirected_ns,
+            first_passed_ns=counters.first_passed_ns,
+            last_passed_ns=counters.last_passed_ns,
+        )
+
+    async def _entry(self, device: str, mac: str, remote: str) -> None:
+        """Frames leaving `device` for `mac` go to NVE `remote`: one atomic replacement."""
+        try:
+            await self._ip.fdb(
+                "replace",
+                ifindex=interface_index(device),
+                lladdr=mac,
+                dst=remote,
+                flags=_NTF_SELF,
+                state=_NUD_PERMANENT,
+            )
+        except NetlinkError as error:
+            raise KernelFailure(f"entry of {mac} at {device}: {error}") from None
+
+    async def _local(self, bridge: str, mac: str, port: str) -> None:
+        """Frames in `bridge` for `mac` go to local `port`."""
+        try:
+            await self._ip.fdb(
+                "replace",
+                ifindex=interface_index(port),
+                lladdr=mac,
+                flags=_NTF_MASTER,
+                state=_NUD_NOARP,
+            )
+        except NetlinkError as error:
+            raise KernelFailure(f"entry of {mac} in {bridge}: {error}") from None
+
+    def _respond_on(self, device: str) -> None:
+        if device not in self._responders:
+            self._responders[device] = pathframe.Responder(device)
+
+    def _silent(self, device: str) -> None:
+        responder = self._responders.pop(device, None)
+        if responder is not None:
+            responder.close()
+
+    async def _set_link(self, name: str, **attributes: str | int) -> None:
+        try:
+            await self._ip.link("set", index=interface_index(name), **attributes)
+        except NetlinkError as error:
+            raise KernelFailure(f"{name}: {error}") from None
+
+    async def _delete(self, name: str) -> None:
+        with contextlib.suppress(KernelFailure):
+            index = interface_index(name)
+            try:
+                await self._ip.link("del", index=index)
+            except NetlinkError as error:
+                if error.code != errno.ENODEV:
+                    raise KernelFailure(f"{name}: {error}") from None
+
+
+_NTF_SELF, _NTF_MASTER = 0x02, 0x04
+_NUD_NOARP, _NUD_PERMANENT = 0x40, 0x80

@@ -1,0 +1,97 @@
+"""Hold queues: where frames wait, in the kernel, until a gate may let them go on.
+
+A queue is a tap of ours: the gate redirects frames into its ring (bounded, drops counted by the
+kernel), and we read them out and send them on. It has no virtio header, so the kernel finishes
+checksums and segments before a frame enters.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable
+
+from overland.dataplane.devices import device_counts
+from overland.dataplane.gate import MARK, PATH_FRAME
+from overland.dataplane.tap import VNET_HEADER_BYTES, open_tap, read_frames, set_queue_length
+from overland.ports import KernelFailure
+
+_SO_MARK = 36
+_SOL_PACKET, _PACKET_VNET_HDR = 263, 15
+_VIRTIO_NET_HDR_BYTES = 10
+_PATH_FRAME = PATH_FRAME.to_bytes(2, "big")
+_PATIENCE_S = 0.5
+
+
+class Injector:
+    """Sends frames out of one device past its gate (they carry our mark)."""
+
+    def __init__(self, device: str, *, vnet_header: bool = False) -> None:
+        self._vnet_header = vnet_header
+        self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+        try:
+            self._sock.setsockopt(socket.SOL_SOCKET, _SO_MARK, MARK)
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 24)
+            if vnet_header:
+                self._sock.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
+            self._sock.bind((device, 0))
+        except OSError as error:
+            self._sock.close()
+            raise KernelFailure(f"{device}: {error.strerror}") from None
+
+    def send(self, frame: bytes) -> None:
+        """Send one frame; with `vnet_header` it begins with the tap's 12-byte header."""
+        if self._vnet_header:
+            frame = frame[:_VIRTIO_NET_HDR_BYTES] + frame[VNET_HEADER_BYTES:]
+        deadline_s = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                self._sock.send(frame)
+                return
+            except (BlockingIOError, OSError) as error:
+                full = isinstance(error, BlockingIOError) or error.errno == 105  # ENOBUFS
+                if not full or time.monotonic() > deadline_s:
+                    raise KernelFailure(f"frame not sent: {error.strerror}") from None
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+class HoldQueue:
+    """The ring of one hold tap, and how many frames were taken out of it."""
+
+    def __init__(self, name: str, frames: int) -> None:
+        self.name = name
+        self.fd = open_tap(name, vnet_header=False)
+        set_queue_length(name, frames)
+        self._drops_before = device_counts(name).send_drops
+
+    def drain(self, send: Callable[[bytes], None], *, path_frames: bool) -> int:
+        """Send on what waits, in order; returns how many frames left the queue.
+
+        Our own path frames go along the path but never into a tenant's port.
+        """
+        taken = 0
+        for frame in read_frames(self.fd):
+            taken += 1
+            if path_frames or frame[12:14] != _PATH_FRAME:
+                send(frame)
+        return taken
+
+    def overflowed(self) -> int:
+        """Frames that found the ring full (R-39)."""
+        return device_counts(self.name).send_drops - self._drops_before
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def rescue(fd: int, injector: Injector) -> int:
+    """Send on every frame that a stopped VM left in its tap's ring; returns how many."""
+    frames: Iterable[bytes] = read_frames(fd)
+    count = 0
+    for frame in frames:
+        injector.send(frame)
+        count += 1
+    return count

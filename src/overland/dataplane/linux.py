@@ -1,0 +1,247 @@
+"""The Kernel port on Linux: read back what is ours, apply one op after the other.
+
+Devices are known as ours by their ifalias, entries by standing on our devices. Forwarding entries
+are static and replaced in one step; the kernel learns nothing by itself on our devices, because
+the NVA knows. Devices of handovers (tunnels, hold queues) are theirs, not the reconcile loop's.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from pyroute2 import AsyncIPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from overland.dataplane import endpoint
+from overland.dataplane.devices import interface_index, silence
+from overland.dataplane.gates import Gates
+from overland.dataplane.nftables import Nftables
+from overland.dataplane.tap import TapTable
+from overland.model.names import is_ours
+from overland.model.nve import (
+    FLOOD,
+    BridgeEntry,
+    KernelState,
+    Link,
+    Muted,
+    Neighbour,
+    Op,
+    OpFailure,
+    TunnelEntry,
+)
+from overland.ports import KernelFailure
+
+VXLAN_PORT = 4789
+_KINDS = {"bridge": "bridge", "vxlan": "vxlan", "tun": "tap", "veth": "veth"}
+_NTF_SELF, _NTF_MASTER = 0x02, 0x04
+_NUD_NOARP, _NUD_PERMANENT = 0x40, 0x80
+_ALREADY, _ABSENT = {errno.EEXIST}, {errno.ENOENT, errno.ENODEV, errno.ESRCH}
+
+
+class LinuxKernel:
+    """One network namespace's kernel."""
+
+    def __init__(
+        self,
+        ip: AsyncIPRoute,
+        nft: Nftables,
+        gates: Gates,
+        taps: TapTable,
+        queue_frames: int,
+    ) -> None:
+        self._ip = ip
+        self._nft = nft
+        self._gates = gates
+        self._taps = taps
+        self._queue_frames = queue_frames
+
+    # ------------------------------------------------------------ reading back
+
+    async def snapshot(self) -> KernelState:
+        links, names = await self._links()
+        bridges = {link.name for link in links if link.kind == "bridge"}
+        vxlans = {link.name for link in links if link.kind == "vxlan"}
+        bridge_entries, tunnel_entries = await self._entries(names, bridges, vxlans)
+        return KernelState(
+            links=frozenset(links),
+            bridge_entries=frozenset(bridge_entries),
+            tunnel_entries=frozenset(tunnel_entries),
+            neighbours=frozenset(await self._neighbours(names, bridges)),
+            muted=frozenset(Muted(port=port) for port in self._nft.muted()),
+        )
+
+    async def _links(self) -> tuple[list[Link], dict[int, str]]:
+        messages = [message async for message in await self._ip.get_links()]
+        names = {message["index"]: message.get_attr("IFLA_IFNAME") for message in messages}
+        links = [_read_link(message, names) for message in messages]
+        return [link for link in links if link is not None], names
+
+    async def _entries(
+        self, names: dict[int, str], bridges: set[str], vxlans: set[str]
+    ) -> tuple[list[BridgeEntry], list[TunnelEntry]]:
+        at_bridge, at_vxlan = [], []
+        async for message in await self._ip.fdb("dump"):
+            device = names.get(message["ifindex"], "")
+            mac = message.get_attr("NDA_LLADDR")
+            bridge = names.get(message.get_attr("NDA_MASTER") or 0)
+            if bridge in bridges and message["state"] & _NUD_NOARP:
+                at_bridge.append(BridgeEntry(bridge=bridge, mac=mac, port=device))
+            elif device in vxlans and message.get_attr("NDA_DST"):
+                remote = message.get_attr("NDA_DST")
+                at_vxlan.append(TunnelEntry(device=device, mac=mac, remote=remote))
+        return at_bridge, at_vxlan
+
+    async def _neighbours(self, names: dict[int, str], bridges: set[str]) -> list[Neighbour]:
+        found = []
+        for family in (socket.AF_INET, socket.AF_INET6):
+            async for message in await self._ip.get_neighbours(family=family):
+                device = names.get(message["ifindex"], "")
+                if device in bridges and message["state"] & _NUD_PERMANENT:
+                    address = message.get_attr("NDA_DST")
+                    mac = message.get_attr("NDA_LLADDR")
+                    found.append(Neighbour(bridge=device, address=address, mac=mac))
+        return found
+
+    # ------------------------------------------------------------ applying
+
+    async def apply(self, ops: Sequence[Op]) -> list[OpFailure]:
+        failures = []
+        for op in ops:
+            try:
+                if op.verb == "put":
+                    await self._put(op)
+                else:
+                    await self._remove(op)
+            except NetlinkError as error:
+                failures.append(OpFailure(op=op, why=str(error)))
+            except (KernelFailure, OSError) as error:
+                failures.append(OpFailure(op=op, why=str(error)))
+        return failures
+
+    async def _put(self, op: Op) -> None:
+        match op.fact:
+            case Link() as link:
+                await self._put_link(link)
+            case BridgeEntry(mac=mac, port=port):
+                await self._fdb("replace", port, mac, flags=_NTF_MASTER, state=_NUD_NOARP)
+            case TunnelEntry(device=device, mac=mac, remote=remote):
+                verb = "append" if mac == FLOOD else "replace"
+                await self._fdb(
+                    verb, device, mac, dst=remote, flags=_NTF_SELF, state=_NUD_PERMANENT
+                )
+            case Neighbour(bridge=bridge, address=address, mac=mac):
+                await self._ip.neigh(
+                    "replace",
+                    ifindex=interface_index(bridge),
+                    dst=address,
+                    lladdr=mac,
+                    state=_NUD_PERMANENT,
+                )
+            case Muted(port=port):
+                self._nft.mute(port)
+
+    async def _remove(self, op: Op) -> None:
+        try:
+            await self._really_remove(op)
+        except NetlinkError as error:
+            if error.code not in _ABSENT:
+                raise
+
+    async def _really_remove(self, op: Op) -> None:
+        match op.fact:
+            case Link(name=name):
+                index = interface_index(name)
+                self._taps.forget(name)
+                self._gates.forget(index)
+                await self._ip.link("del", index=index)
+            case BridgeEntry(mac=mac, port=port):
+                await self._fdb("del", port, mac, flags=_NTF_MASTER)
+            case TunnelEntry(device=device, mac=mac, remote=remote):
+                await self._fdb("del", device, mac, dst=remote, flags=_NTF_SELF)
+            case Neighbour(bridge=bridge, address=address):
+                await self._ip.neigh("del", ifindex=interface_index(bridge), dst=address)
+            case Muted(port=port):
+                self._nft.unmute(port)
+
+    async def _fdb(self, verb: str, device: str, mac: str, **more: Any) -> None:
+        try:
+            await self._ip.fdb(verb, ifindex=interface_index(device), lladdr=mac, **more)
+        except NetlinkError as error:
+            if not (verb == "append" and error.code in _ALREADY):
+                raise
+
+    async def _put_link(self, link: Link) -> None:
+        try:
+            await self._make(link)
+        except NetlinkError as error:
+            if error.code not in _ALREADY:
+                raise
+        silence(link.name)
+        index = interface_index(link.name)
+        wanted: dict[str, Any] = {"ifalias": link.alias, "mtu": link.mtu}
+        if link.master is not None:
+            wanted["master"] = interface_index(link.master)
+        await self._ip.link("set", index=index, **wanted)
+        if link.kind in ("tap", "veth"):
+            await self._gates.ensure(link.name, "port")
+        elif link.kind == "vxlan":
+            await self._gates.ensure(link.name, "peer")
+        if link.kind != "bridge":
+            suppress = int(link.kind == "vxlan")
+            await self._ip.brport("set", index=index, learning=0, neigh_suppress=suppress)
+        await self._ip.link("set", index=index, state="up")
+
+    async def _make(self, link: Link) -> None:
+        match link.kind:
+            case "bridge":
+                await self._ip.link(
+                    "add",
+                    ifname=link.name,
+                    kind="bridge",
+                    br_stp_state=0,
+                    br_mcast_snooping=0,
+                    br_ageing_time=30000,
+                )
+            case "vxlan":
+                assert link.vni is not None
+                assert link.local is not None
+                family = "6" if ":" in link.local else ""
+                await self._ip.link(
+                    "add",
+                    ifname=link.name,
+                    kind="vxlan",
+                    vxlan_id=link.vni,
+                    vxlan_port=VXLAN_PORT,
+                    vxlan_learning=False,
+                    vxlan_ttl=64,
+                    **{f"vxlan_local{family}": link.local},
+                )
+            case "tap":
+                self._taps.make(link.name, self._queue_frames)
+            case "veth":
+                await endpoint.make(self._ip, link)
+
+
+def _read_link(message: Any, names: dict[int, str]) -> Link | None:
+    alias = message.get_attr("IFLA_IFALIAS")
+    info = message.get_attr("IFLA_LINKINFO")
+    kind = _KINDS.get(info.get_attr("IFLA_INFO_KIND")) if info is not None else None
+    if not is_ours(alias) or kind is None or alias.split()[1] not in ("bridge", "vxlan", "port"):
+        return None
+    fields: dict[str, Any] = {
+        "name": message.get_attr("IFLA_IFNAME"),
+        "kind": kind,
+        "alias": alias,
+        "mtu": message.get_attr("IFLA_MTU"),
+        "master": names.get(message.get_attr("IFLA_MASTER") or 0),
+    }
+    if kind == "vxlan":
+        data = info.get_attr("IFLA_INFO_DATA")
+        fields["vni"] = data.get_attr("IFLA_VXLAN_ID")
+        fields["local"] = data.get_attr("IFLA_VXLAN_LOCAL") or data.get_attr("IFLA_VXLAN_LOCAL6")
+    if kind == "veth":
+        fields |= endpoint.from_alias(alias)
+    return Link(**fields)

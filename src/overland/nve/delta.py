@@ -1,0 +1,94 @@
+"""The ops that turn one kernel state into another, in an order that never opens a hole. Pure.
+
+Adding comes before removing, what others stand on comes first and goes last, and a port is muted
+before it exists and unmuted after its paths do. An entry that changes is one `put`: the kernel
+replaces it in one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from overland.model.nve import (
+    FLOOD,
+    BridgeEntry,
+    Fact,
+    KernelState,
+    Link,
+    Muted,
+    Neighbour,
+    Op,
+    TunnelEntry,
+)
+
+_LINK_ORDER = {"bridge": 0, "vxlan": 1, "tap": 2, "veth": 2}
+
+
+def delta(desired: KernelState, actual: KernelState) -> tuple[Op, ...]:
+    """Return the ops from `actual` to `desired`; empty when they are equal."""
+    wanted, there = _facts(desired), _facts(actual)
+    kept = {_slot(fact) for fact in wanted}
+    puts = [Op(verb="put", fact=fact) for fact in wanted - there]
+    removes = [Op(verb="remove", fact=fact) for fact in there - wanted if _slot(fact) not in kept]
+    return (*sorted(puts, key=_put_order), *sorted(removes, key=_remove_order))
+
+
+def _facts(state: KernelState) -> frozenset[Fact]:
+    return (
+        frozenset[Fact](state.links)
+        | state.bridge_entries
+        | state.tunnel_entries
+        | state.neighbours
+        | state.muted
+    )
+
+
+def _slot(fact: Fact) -> Hashable:
+    """Two facts with the same slot cannot both be: putting one replaces the other."""
+    match fact:
+        case Link(name=name):
+            return ("link", name)
+        case BridgeEntry(bridge=bridge, mac=mac):
+            return ("bridge", bridge, mac)
+        case TunnelEntry(device=device, mac=mac, remote=remote) if mac == FLOOD:
+            return ("flood", device, remote)
+        case TunnelEntry(device=device, mac=mac):
+            return ("tunnel", device, mac)
+        case Neighbour(bridge=bridge, address=address):
+            return ("neighbour", bridge, address)
+        case Muted(port=port):
+            return ("muted", port)
+        case _:
+            raise AssertionError(fact)
+
+
+def _put_order(op: Op) -> tuple[int, int, str]:
+    match op.fact:
+        case Muted(port=port):
+            return (0, 0, port)
+        case Link(kind=kind, name=name):
+            return (1, _LINK_ORDER[kind], name)
+        case TunnelEntry(device=device, mac=mac):
+            return (2, 0, device + mac)
+        case BridgeEntry(bridge=bridge, mac=mac):
+            return (3, 0, bridge + mac)
+        case Neighbour(bridge=bridge, address=address):
+            return (4, 0, bridge + address)
+        case _:
+            raise AssertionError(op)
+
+
+def _remove_order(op: Op) -> tuple[int, int, str]:
+    match op.fact:
+        case Muted(port=port):
+            return (0, 0, port)
+        case Neighbour(bridge=bridge, address=address):
+            return (1, 0, bridge + address)
+        case BridgeEntry(bridge=bridge, mac=mac):
+            return (2, 0, bridge + mac)
+        case TunnelEntry(device=device, mac=mac):
+            return (3, 0, device + mac)
+        case Link(kind=kind, name=name):
+            return (4, -_LINK_ORDER[kind], name)
+        case _:
+            raise AssertionError(op)
