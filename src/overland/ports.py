@@ -241,7 +241,7 @@ class Hypervisor(Protocol):
         """(VM, new state) as the hypervisor itself reports it."""
         ...
 
-    async def list(self) -> list[str]:
+    async def names(self) -> list[str]:
         """Names of the VMs with a process here."""
         ...
 

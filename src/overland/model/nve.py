@@ -10,7 +10,6 @@ from typing import Literal
 
 from overland.model.cluster import Family, Record
 
-
 FLOOD = "00:00:00:00:00:00"
 """The VXLAN entry that stands for everybody: broadcast, unknown unicast and multicast."""
 

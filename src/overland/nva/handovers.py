@@ -35,7 +35,7 @@ class Records(Protocol):
         """
         ...
 
-    async def load(self) -> list[Handover]: ...
+    async def open_moves(self) -> list[Handover]: ...
 
 
 class Handovers:
@@ -54,7 +54,7 @@ class Handovers:
 
     async def recover(self) -> None:
         """Go on with every move that was open when the NVA stopped."""
-        for record in await self._records.load():
+        for record in await self._records.open_moves():
             if record.phase not in ENDED:
                 self.begin(record)
 

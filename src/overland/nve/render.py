@@ -19,6 +19,7 @@ from overland.model.nve import (
     VnIntent,
 )
 
+
 def render(intent: NveIntent) -> KernelState:
     """Return the kernel state that makes `intent` true."""
     facts = [fact for vn in intent.vns for fact in _vn(vn)]

@@ -1,0 +1,62 @@
+"""The QEMU command line of a VM. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from overland.model.cluster import Vm
+
+RX_QUEUE_FRAMES = 1024
+"""The longest receive queue of virtio-net: what the guest cannot take yet waits there."""
+
+
+def qemu_command(
+    binary: str,
+    vm: Vm,
+    accelerator: str,
+    taps: Sequence[int],
+    run_dir: Path,
+    *,
+    incoming: bool,
+) -> list[str]:
+    """Return the arguments that start `vm`; `taps` are inherited descriptors, one a interface.
+
+    The same VM gives the same machine on every host (fixed addresses, named machine version, no
+    option ROMs), which is what a migration needs.
+    """
+    command = [
+        binary,
+        *("-name", f"overland-{vm.name},process=overland-{vm.name[:6]}"),
+        *("-M", vm.machine),
+        *("-accel", "kvm" if accelerator == "kvm" else "tcg,thread=multi"),
+        *("-cpu", vm.cpu),
+        *("-m", f"{vm.memory_mib}M"),
+        *("-smp", str(vm.vcpus)),
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+        *("-qmp", f"unix:{run_dir}/qmp.sock,server=on,wait=off"),
+        *("-chardev", f"file,id=log,path={run_dir}/serial.log,append=on", "-serial", "chardev:log"),
+        *("-chardev", f"socket,id=console,path={run_dir}/console.sock,server=on,wait=off"),
+        *("-serial", "chardev:console"),
+    ]
+    for index, (interface, fd) in enumerate(zip(vm.interfaces, taps, strict=True)):
+        device = (
+            f"virtio-net-pci,netdev=net{index},id=nic{index},mac={interface.mac},romfile=,"
+            f"rx_queue_size={RX_QUEUE_FRAMES},addr={0x10 + index:#x}"
+        )
+        command += ["-netdev", f"tap,id=net{index},fd={fd}", "-device", device]
+    command += _boot(vm)
+    if incoming:
+        command += ["-S", "-incoming", "defer"]
+    return command
+
+
+def _boot(vm: Vm) -> list[str]:
+    boot = vm.boot
+    if boot.kernel:
+        initrd = ["-initrd", boot.initrd] if boot.initrd else []
+        return ["-kernel", boot.kernel, *initrd, "-append", boot.append]
+    if boot.image:
+        drive = f"if=none,id=disk0,file={boot.image},file.locking=off"
+        return ["-drive", drive, "-device", "virtio-blk-pci,drive=disk0,addr=0x8"]
+    return []

@@ -1,0 +1,447 @@
+"""The Hypervisor port on QEMU, over QMP.
+
+A QEMU process belongs to nobody's session: it outlives this daemon and is found again by its run
+directory. The new copy is started paused and announces nothing; the old one is never stopped by
+QEMU's own idea of convergence (the allowed downtime is zero until `finish`), so that the gate can
+hold before the VM stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
+
+from overland.hypervisor.accel import NOTICE, accelerator
+from overland.hypervisor.command import qemu_command
+from overland.model.cluster import Vm
+from overland.model.handover import Transfer
+from overland.ports import HypervisorFacts, HypervisorFailure, RunState
+
+OLDEST = (7, 2)
+CONNECT_LIMIT_S = 10.0
+STOP_LIMIT_S = 5.0
+UNLIMITED_BYTES_PER_S = 1 << 40
+UNLIMITED_DOWNTIME_MS = 2_000_000
+_STATES: dict[str, RunState] = {
+    "running": "running",
+    "paused": "paused",
+    "prelaunch": "paused",
+    "inmigrate": "incoming",
+    "postmigrate": "sent",
+    "finish-migrate": "sent",
+    "shutdown": "stopped",
+    "guest-panicked": "crashed",
+    "internal-error": "crashed",
+}
+
+
+class TapSource(Protocol):
+    """Where the descriptors of existing taps come from."""
+
+    def fd_for_child(self, name: str) -> int: ...
+
+    def adopt(self, name: str, pid: int) -> None: ...
+
+
+class _Machine:
+    """One QEMU process and the ear on its events."""
+
+    def __init__(self, name: str, pid: int, client: QMPClient) -> None:
+        self.name = name
+        self.pid = pid
+        self.client = client
+        self.stopped_ns = 0
+        self.resumed_ns = 0
+        self.changed = asyncio.Condition()
+        self.migration = ""
+        self.ended = False
+        self.listener = EventListener(("STOP", "RESUME", "MIGRATION", "SHUTDOWN", "GUEST_PANICKED"))
+        self.task: asyncio.Task[None] | None = None
+
+
+class QemuHypervisor:
+    """The VMs of one host. Everything of a VM lies in `run_dir/NAME`."""
+
+    def __init__(self, run_dir: Path, taps: TapSource, binary: str = "qemu-system-x86_64") -> None:
+        self._run_dir = run_dir
+        self._taps = taps
+        self._binary = binary
+        self._facts: HypervisorFacts | None = None
+        self._machines: dict[str, _Machine] = {}
+        self._events: asyncio.Queue[tuple[str, RunState]] = asyncio.Queue()
+
+    # ------------------------------------------------------------ the host
+
+    async def facts(self) -> HypervisorFacts:
+        if self._facts is None:
+            if shutil.which(self._binary) is None:
+                raise HypervisorFailure(f"{self._binary} is not installed")
+            version = await self._version()
+            kind = await accelerator(self._binary)
+            self._facts = HypervisorFacts(
+                version=version,
+                accelerator="kvm" if kind == "kvm" else "tcg",
+                machine_types=await self._machine_types(),
+                cpu_models=("max", "qemu64") if kind == "tcg" else ("qemu64", "host"),
+                notice="" if kind == "kvm" else NOTICE,
+            )
+        return self._facts
+
+    async def _ask(self, *arguments: str) -> str:
+        process = await asyncio.create_subprocess_exec(
+            self._binary,
+            *arguments,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        out, _ = await process.communicate()
+        return out.decode(errors="replace")
+
+    async def _version(self) -> str:
+        match = re.search(r"version (\d+)\.(\d+)\.(\d+)", await self._ask("--version"))
+        if match is None:
+            raise HypervisorFailure(f"{self._binary} does not tell its version")
+        if (int(match[1]), int(match[2])) < OLDEST:
+            raise HypervisorFailure(f"QEMU {match[0][8:]} is too old: 7.2 or later is needed")
+        return match[0][8:]
+
+    async def _machine_types(self) -> tuple[str, ...]:
+        out = await self._ask("-M", "help")
+        found = re.findall(r"^(pc-q35-[\d.]+)", out, re.MULTILINE)
+        order = sorted(found, key=lambda name: [int(n) for n in name[7:].split(".")])
+        return tuple(reversed(order))
+
+    async def names(self) -> list[str]:
+        return sorted(self._machines)
+
+    async def find(self) -> list[str]:
+        """After a restart: connect to every VM of ours that still runs."""
+        for folder in sorted(self._run_dir.glob("*/pid")):
+            name = folder.parent.name
+            pid = _our_process(folder, name)
+            if pid and name not in self._machines:
+                with contextlib.suppress(HypervisorFailure):
+                    await self._connect(name, pid)
+        return await self.names()
+
+    async def events(self) -> AsyncIterator[tuple[str, RunState]]:
+        while True:
+            yield await self._events.get()
+
+    # ------------------------------------------------------------ life
+
+    async def start(self, vm: Vm, ports: Sequence[str]) -> None:
+        await self._spawn(vm, ports, incoming=False)
+
+    async def receive(self, vm: Vm, ports: Sequence[str], listen: str) -> str:
+        machine = await self._spawn(vm, ports, incoming=True)
+        await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
+        # Not one frame may leave before the commit, so QEMU announces nothing (HO-13).
+        await self._do(machine, "migrate-set-parameters", **{"announce-rounds": 0})
+        port = _free_port(listen)
+        host = f"[{listen}]" if ":" in listen else listen
+        uri = f"tcp:{host}:{port}"
+        await self._do(machine, "migrate-incoming", uri=uri)
+        return uri
+
+    async def _spawn(self, vm: Vm, ports: Sequence[str], *, incoming: bool) -> _Machine:
+        if vm.name in self._machines:
+            raise HypervisorFailure(f"VM {vm.name} is already on this host")
+        facts = await self.facts()
+        folder = self._run_dir / vm.name
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            folder.mkdir(parents=True)
+            log = (folder / "qemu.log").open("wb")
+        except OSError as error:
+            raise HypervisorFailure(f"{folder}: {error.strerror}") from None
+        fds = [self._taps.fd_for_child(port) for port in ports]
+        command = qemu_command(self._binary, vm, facts.accelerator, fds, folder, incoming=incoming)
+        with log:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=fds,
+                start_new_session=True,
+            )
+        (folder / "pid").write_text(f"{process.pid}\n")
+        return await self._connect(vm.name, process.pid)
+
+    async def _connect(self, name: str, pid: int) -> _Machine:
+        client = QMPClient(f"overland-{name}")
+        deadline_s = time.monotonic() + CONNECT_LIMIT_S
+        while True:
+            try:
+                await client.connect(str(self._run_dir / name / "qmp.sock"))
+                break
+            except ConnectError:
+                if not _alive(pid) or time.monotonic() > deadline_s:
+                    raise HypervisorFailure(f"QEMU of {name}: {self._last_word(name)}") from None
+                await asyncio.sleep(0.01)
+        machine = _Machine(name, pid, client)
+        client.register_listener(machine.listener)
+        machine.task = asyncio.create_task(self._listen(machine))
+        self._machines[name] = machine
+        return machine
+
+    def _last_word(self, name: str) -> str:
+        log = self._run_dir / name / "qemu.log"
+        lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+        return lines[-1] if lines else "it ended without a word"
+
+    async def _listen(self, machine: _Machine) -> None:
+        ended = asyncio.create_task(_until_gone(machine.pid))
+        events = aiter(machine.listener)
+        while True:
+            following = asyncio.ensure_future(anext(events))
+            await asyncio.wait({following, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not following.done():
+                following.cancel()
+                break
+            try:
+                event = following.result()
+            except (QMPError, EOFError, OSError):
+                await ended
+                break
+            await self._heard(machine, event)
+        machine.ended = True
+        async with machine.changed:
+            machine.changed.notify_all()
+        if self._machines.get(machine.name) is machine:
+            del self._machines[machine.name]
+            self._events.put_nowait((machine.name, "crashed"))
+        with contextlib.suppress(QMPError, EOFError, OSError):
+            await machine.client.disconnect()
+
+    async def _heard(self, machine: _Machine, event: Any) -> None:
+        stamp = event["timestamp"]
+        at_ns = int(stamp["seconds"]) * 10**9 + int(stamp["microseconds"]) * 1000
+        async with machine.changed:
+            match event["event"]:
+                case "STOP":
+                    machine.stopped_ns = at_ns
+                case "RESUME":
+                    machine.resumed_ns = at_ns
+                    self._events.put_nowait((machine.name, "running"))
+                case "MIGRATION":
+                    machine.migration = event["data"]["status"]
+                case "GUEST_PANICKED":
+                    self._events.put_nowait((machine.name, "crashed"))
+                case _:
+                    pass
+            machine.changed.notify_all()
+
+    def _machine(self, name: str) -> _Machine:
+        machine = self._machines.get(name)
+        if machine is None:
+            raise HypervisorFailure(f"VM {name} has no process here")
+        return machine
+
+    async def _do(self, machine: _Machine, command: str, /, **arguments: Any) -> Any:
+        try:
+            return await machine.client.execute(command, arguments or None)
+        except ExecuteError as error:
+            raise HypervisorFailure(f"QEMU of {machine.name}: {command}: {error}") from None
+        except (QMPError, EOFError, OSError, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and not machine.ended:
+                raise
+            word = self._last_word(machine.name)
+            raise HypervisorFailure(f"QEMU of {machine.name} ended: {word}") from None
+
+    async def _wait(self, machine: _Machine, what: str, ready: Any, limit_s: float) -> None:
+        try:
+            async with asyncio.timeout(limit_s), machine.changed:
+                await machine.changed.wait_for(lambda: ready() or machine.ended)
+        except TimeoutError:
+            raise HypervisorFailure(
+                f"QEMU of {machine.name}: no {what} within {limit_s:g} s"
+            ) from None
+        if machine.ended:
+            raise HypervisorFailure(
+                f"QEMU of {machine.name} ended: {self._last_word(machine.name)}"
+            )
+
+    async def state(self, vm: str) -> RunState | None:
+        if vm not in self._machines:
+            return None
+        status = await self._do(self._machine(vm), "query-status")
+        return _STATES.get(status["status"], "paused")
+
+    async def pause(self, vm: str) -> int:
+        machine = self._machine(vm)
+        machine.stopped_ns = 0
+        await self._do(machine, "stop")
+        await self._wait(machine, "STOP", lambda: machine.stopped_ns, STOP_LIMIT_S)
+        return machine.stopped_ns
+
+    async def resume(self, vm: str) -> int:
+        machine = self._machine(vm)
+        status = await self._do(machine, "query-status")
+        if status["status"] == "running":
+            return time.time_ns()
+        machine.resumed_ns = 0
+        await self._do(machine, "cont")
+        await self._wait(machine, "RESUME", lambda: machine.resumed_ns, STOP_LIMIT_S)
+        return machine.resumed_ns
+
+    async def stop(self, vm: str) -> None:
+        machine = self._machines.pop(vm, None)
+        if machine is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(machine.pid, signal.SIGKILL)
+        await _until_gone(machine.pid)
+        (self._run_dir / vm / "pid").unlink(missing_ok=True)
+
+    async def digest(self, vm: str) -> str:
+        machine = self._machine(vm)
+        summary = await self._do(machine, "query-memory-size-summary")
+        path = self._run_dir / vm / "memory"
+        try:
+            size = int(summary["base-memory"])
+            await self._do(machine, "pmemsave", val=0, size=size, filename=str(path))
+            return await asyncio.to_thread(_sha256, path)
+        finally:
+            path.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------ moving
+
+    async def send(self, vm: str, uri: str, bandwidth_bytes_per_s: int | None) -> None:
+        machine = self._machine(vm)
+        machine.stopped_ns = 0
+        machine.migration = ""
+        await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
+        parameters = {
+            "max-bandwidth": bandwidth_bytes_per_s or UNLIMITED_BYTES_PER_S,
+            "downtime-limit": 0,
+        }
+        await self._do(machine, "migrate-set-parameters", **parameters)
+        await self._do(machine, "migrate", uri=uri)
+
+    async def transfer(self, vm: str) -> Transfer:
+        said = await self._do(self._machine(vm), "query-migrate")
+        return _transfer(said)
+
+    async def finish(self, vm: str) -> int:
+        machine = self._machine(vm)
+        if not machine.stopped_ns:
+            await self._do(machine, "stop")
+            await self._wait(machine, "STOP", lambda: machine.stopped_ns, STOP_LIMIT_S)
+        with contextlib.suppress(HypervisorFailure):
+            # Fails when the transfer has completed by itself: then there is nothing to let go.
+            limit = {"downtime-limit": UNLIMITED_DOWNTIME_MS}
+            await self._do(machine, "migrate-set-parameters", **limit)
+        return machine.stopped_ns
+
+    async def received(self, vm: str, timeout_s: float) -> int:
+        machine = self._machine(vm)
+        done = ("completed", "failed")
+        await self._wait(machine, "whole copy", lambda: machine.migration in done, timeout_s)
+        if machine.migration == "failed":
+            raise HypervisorFailure(f"QEMU of {vm}: {self._last_word(vm)}")
+        return time.time_ns()
+
+    async def cancel(self, vm: str) -> None:
+        machine = self._machine(vm)
+        await self._do(machine, "migrate_cancel")
+        deadline_s = time.monotonic() + STOP_LIMIT_S
+        while (await self.transfer(vm)).status in ("setup", "active"):
+            if time.monotonic() > deadline_s:
+                raise HypervisorFailure(f"QEMU of {vm} does not give up its transfer")
+            await asyncio.sleep(0.01)
+
+    async def close(self) -> None:
+        """Let go of every QMP connection; the VMs run on."""
+        for machine in list(self._machines.values()):
+            if machine.task is not None:
+                machine.task.cancel()
+            with contextlib.suppress(QMPError, OSError):
+                await machine.client.disconnect()
+
+
+def _capabilities() -> list[dict[str, Any]]:
+    return [{"capability": "events", "state": True}]
+
+
+def _transfer(said: dict[str, Any]) -> Transfer:
+    status = said.get("status", "setup")
+    known = {"setup", "active", "completed", "failed", "cancelled"}
+    ram = said.get("ram", {})
+    page = ram.get("page-size", 4096)
+    total = int(ram.get("total", 0))
+    sent = int(ram.get("transferred", 0))
+    pages = int(ram.get("normal", 0)) * page
+    return Transfer(
+        status=status if status in known else "active",
+        total_bytes=total,
+        sent_bytes=sent,
+        remaining_bytes=int(ram.get("remaining", 0)),
+        resent_bytes=max(0, pages - total),
+        passes=int(ram.get("dirty-sync-count", 0)),
+        bandwidth_bytes_per_s=float(ram.get("mbps", 0.0)) * 1e6 / 8,
+        dirty_bytes_per_s=float(ram.get("dirty-pages-rate", 0)) * page,
+        error=said.get("error-desc", ""),
+    )
+
+
+def _free_port(address: str) -> int:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        try:
+            sock.bind((address, 0))
+        except OSError as error:
+            raise HypervisorFailure(f"cannot listen on {address}: {error.strerror}") from None
+        return int(sock.getsockname()[1])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state not in ("Z", "X")
+
+
+async def _until_gone(pid: int) -> None:
+    """Return when process `pid` has ended."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    loop = asyncio.get_running_loop()
+    gone = asyncio.Event()
+    loop.add_reader(fd, gone.set)
+    try:
+        await gone.wait()
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)
+
+
+def _our_process(pidfile: Path, name: str) -> int | None:
+    """The pid in `pidfile` when that process still is this VM's QEMU."""
+    try:
+        pid = int(pidfile.read_text())
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (OSError, ValueError):
+        return None
+    return pid if f"overland-{name}".encode() in command and _alive(pid) else None

@@ -1,0 +1,320 @@
+"""The use cases: read, apply the rules, compare-and-set. The only writer of the domain's records.
+
+The cluster in memory is what the store holds: a record changes here only after its transaction.
+Observers hear which VNs changed, and push them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import msgspec
+
+from overland.model.cluster import Endpoint, Host, Interface, Network, Refused, Vm
+from overland.model.handover import ENDED, Handover, MovingPort, Options, PhaseAt
+from overland.model.names import port_name, vxlan_name
+from overland.nva import rules
+from overland.nva.cluster import Cluster
+from overland.nva.mapping import underlay_address
+from overland.ports import Conflict, Delete, Expect, Put, Store, StoreFailure
+
+Kept = Network | Vm | Endpoint | Handover
+T = TypeVar("T", Network, Vm, Endpoint, Handover)
+
+
+class Blocked(Exception):
+    """A wish was refused; `refusals` holds every reason."""
+
+    def __init__(self, refusals: Iterable[Refused]) -> None:
+        self.refusals = tuple(refusals)
+        super().__init__("; ".join(f"{each.what}: {each.why}" for each in self.refusals))
+
+
+def _stop_if(refusals: Iterable[Refused]) -> None:
+    found = tuple(refusals)
+    if found:
+        raise Blocked(found)
+
+
+class Authority:
+    """One domain's records. Call `load` first."""
+
+    def __init__(self, store: Store, changed: Callable[[frozenset[str]], None]) -> None:
+        self._store = store
+        self._changed = changed
+        self._revisions: dict[str, int] = {}
+        self._lock = asyncio.Lock()
+        self.cluster = Cluster()
+        self.ended_moves: dict[str, Handover] = {}
+
+    async def load(self) -> None:
+        """Read everything; StoreFailure when a record cannot be understood."""
+        for prefix, kind, into in (
+            ("network/", Network, self.cluster.networks),
+            ("vm/", Vm, self.cluster.vms),
+            ("endpoint/", Endpoint, self.cluster.endpoints),
+        ):
+            await self._load(prefix, kind, into)
+        moves: dict[str, Handover] = {}
+        await self._load("move/", Handover, moves)
+        for name, move in moves.items():
+            (self.ended_moves if move.phase in ENDED else self.cluster.moves)[name] = move
+
+    async def _load(self, prefix: str, kind: type[T], into: dict[str, T]) -> None:
+        entries, _ = await self._store.list(prefix)
+        for entry in entries:
+            try:
+                into[entry.key.removeprefix(prefix)] = msgspec.json.decode(entry.value, type=kind)
+            except msgspec.DecodeError as error:
+                raise StoreFailure(f"record {entry.key}: {error}") from None
+            self._revisions[entry.key] = entry.revision
+
+    async def _write(self, puts: dict[str, Kept], deletes: tuple[str, ...] = ()) -> None:
+        expects = [
+            Expect(key=key, revision=self._revisions.get(key, 0)) for key in (*puts, *deletes)
+        ]
+        writes: list[Put | Delete] = [
+            Put(key=key, value=msgspec.json.encode(value)) for key, value in puts.items()
+        ]
+        writes += [Delete(key=key) for key in deletes]
+        revision = await self._store.commit(expects, writes)
+        for key in puts:
+            self._revisions[key] = revision
+        for key in deletes:
+            self._revisions.pop(key, None)
+
+    # ------------------------------------------------------------ networks
+
+    async def create_network(self, wish: Network) -> Network:
+        async with self._lock:
+            _stop_if(rules.network_blockers(self.cluster, wish))
+            await self._write({f"network/{wish.name}": wish})
+            self.cluster.networks[wish.name] = wish
+        return wish
+
+    async def delete_network(self, name: str) -> None:
+        async with self._lock:
+            _stop_if(rules.network_in_use(self.cluster, name))
+            await self._write({}, (f"network/{name}",))
+            del self.cluster.networks[name]
+
+    # ------------------------------------------------------------ hosts
+
+    def host_seen(self, host: Host) -> None:
+        """An NVE holds its lease and says this of its host."""
+        before = self.cluster.hosts.get(host.name)
+        drained = before.drained if before else False
+        self.cluster.hosts[host.name] = msgspec.structs.replace(host, ready=True, drained=drained)
+        moved = before is None or (before.underlay_ipv4, before.underlay_ipv6) != (
+            host.underlay_ipv4,
+            host.underlay_ipv6,
+        )
+        if moved:
+            self._changed(frozenset(self.cluster.networks))
+
+    def host_lost(self, name: str) -> None:
+        host = self.cluster.hosts.get(name)
+        if host is not None:
+            self.cluster.hosts[name] = msgspec.structs.replace(host, ready=False)
+
+    # ------------------------------------------------------------ machines
+
+    async def create_vm(self, wish: Vm) -> Vm:
+        """Record a VM with open addresses chosen; it is not started here."""
+        async with self._lock:
+            vm = self._completed(wish)
+            _stop_if(rules.vm_blockers(self.cluster, vm))
+            await self._write({f"vm/{vm.name}": vm})
+            self.cluster.vms[vm.name] = vm
+        self._changed(frozenset(each.network for each in vm.interfaces))
+        return vm
+
+    def _completed(self, wish: Vm) -> Vm:
+        chosen: list[Interface] = []
+        for index, interface in enumerate(wish.interfaces):
+            chosen.append(rules.completed(self.cluster, wish.name, index, interface))
+        host = self.cluster.hosts.get(wish.host)
+        machine = wish.machine or (host.machine_types[0] if host and host.machine_types else "")
+        cpu = wish.cpu or (host.cpu_models[0] if host and host.cpu_models else "")
+        return msgspec.structs.replace(wish, interfaces=tuple(chosen), machine=machine, cpu=cpu)
+
+    async def delete_vm(self, name: str) -> None:
+        async with self._lock:
+            vm = self._vm(name)
+            if vm.move is not None:
+                _stop_if([Refused(code="move_in_progress", what=f"vm {name}", why="it is moving")])
+            await self._write({}, (f"vm/{name}",))
+            del self.cluster.vms[name]
+        self._changed(frozenset(each.network for each in vm.interfaces))
+
+    async def vm_state(self, name: str, state: str, reason: str | None = None) -> None:
+        """Record what the NVE saw of a VM."""
+        async with self._lock:
+            vm = self.cluster.vms.get(name)
+            if vm is None or (vm.state, vm.reason) == (state, reason):
+                return
+            changed = msgspec.convert(
+                {**msgspec.to_builtins(vm), "state": state, "reason": reason}, Vm
+            )
+            await self._write({f"vm/{name}": changed})
+            self.cluster.vms[name] = changed
+
+    def _vm(self, name: str) -> Vm:
+        vm = self.cluster.vms.get(name)
+        if vm is None:
+            raise Blocked(
+                [
+                    Refused(
+                        code="unknown_vm",
+                        what=f"vm {name}",
+                        why="there is no such vm",
+                        hint="`overland vm list` shows all",
+                    )
+                ]
+            )
+        return vm
+
+    def vm(self, name: str) -> Vm:
+        """The record of VM `name`; Blocked when there is none."""
+        return self._vm(name)
+
+    async def create_endpoint(self, wish: Endpoint) -> Endpoint:
+        async with self._lock:
+            interface = rules.completed(self.cluster, wish.name, 0, wish.interface)
+            endpoint = msgspec.structs.replace(wish, interface=interface)
+            _stop_if(rules.endpoint_blockers(self.cluster, endpoint))
+            await self._write({f"endpoint/{endpoint.name}": endpoint})
+            self.cluster.endpoints[endpoint.name] = endpoint
+        self._changed(frozenset({interface.network}))
+        return endpoint
+
+    async def delete_endpoint(self, name: str) -> None:
+        async with self._lock:
+            endpoint = self.cluster.endpoints.get(name)
+            if endpoint is None:
+                raise Blocked(
+                    [
+                        Refused(
+                            code="unknown_endpoint",
+                            what=f"endpoint {name}",
+                            why="there is no such endpoint",
+                        )
+                    ]
+                )
+            await self._write({}, (f"endpoint/{name}",))
+            del self.cluster.endpoints[name]
+        self._changed(frozenset({endpoint.interface.network}))
+
+    # ------------------------------------------------------------ moves
+
+    def move_blockers(self, name: str, to: str) -> tuple[Refused, ...]:
+        """Everything that stands against moving `name` to `to` now."""
+        return tuple(rules.move_blockers(self.cluster, name, to))
+
+    async def begin_move(self, move_id: str, name: str, to: str, options: Options) -> Handover:
+        """Journal a new move; Blocked with every reason when it may not begin."""
+        async with self._lock:
+            _stop_if(rules.move_blockers(self.cluster, name, to))
+            vm = self._vm(name)
+            record = self._planned(move_id, vm, to, options)
+            moving = msgspec.structs.replace(vm, move=move_id)
+            await self._write({f"move/{move_id}": record, f"vm/{name}": moving})
+            self.cluster.vms[name] = moving
+            self.cluster.moves[move_id] = record
+        self._changed(frozenset(port.network for port in record.ports))
+        return record
+
+    def _planned(self, move_id: str, vm: Vm, to: str, options: Options) -> Handover:
+        ports = tuple(
+            self._moving_port(vm, index, interface, to)
+            for index, interface in enumerate(vm.interfaces)
+        )
+        places = set().union(*(self.cluster.places(port.network) for port in ports))
+        return Handover(
+            id=move_id,
+            vm=vm,
+            old_nve=vm.host,
+            new_nve=to,
+            peers=tuple(
+                sorted(
+                    name
+                    for name in places - {vm.host, to}
+                    if name in self.cluster.hosts and self.cluster.hosts[name].ready
+                )
+            ),
+            ports=ports,
+            options=options,
+            version=vm.version,
+            phases=(PhaseAt(phase="planned", at_ns=time.time_ns()),),
+        )
+
+    def _moving_port(self, vm: Vm, index: int, interface: Interface, to: str) -> MovingPort:
+        network = self.cluster.networks[interface.network]
+        old = underlay_address(self.cluster.hosts[vm.host], network)
+        new = underlay_address(self.cluster.hosts[to], network)
+        assert old is not None
+        assert new is not None
+        return MovingPort(
+            network=network.name,
+            vni=network.vni,
+            device=vxlan_name(network.vni),
+            port=port_name(vm.name, index),
+            mac=interface.mac,
+            ipv4=interface.ipv4,
+            ipv6=interface.ipv6,
+            underlay=network.underlay,
+            mtu=network.mtu,
+            old=old,
+            new=new,
+            tunnel=self._tunnel_number(index),
+        )
+
+    def _tunnel_number(self, index: int) -> int:
+        used = {port.tunnel for move in self.cluster.moves.values() for port in move.ports}
+        free = (number for number in range(1, 2**24) if number not in used)
+        for _ in range(index):
+            next(free)
+        return next(free)
+
+    async def journal(self, record: Handover) -> None:
+        """Durable on return. With an ended move the VM is free again."""
+        async with self._lock:
+            puts: dict[str, Kept] = {f"move/{record.id}": record}
+            vm = self.cluster.vms.get(record.vm.name)
+            ended = record.phase in ENDED
+            if ended and vm is not None and vm.move == record.id:
+                vm = msgspec.structs.replace(vm, move=None)
+                puts[f"vm/{vm.name}"] = vm
+            await self._write(puts)
+            if ended:
+                self.cluster.moves.pop(record.id, None)
+                self.ended_moves[record.id] = record
+            else:
+                self.cluster.moves[record.id] = record
+            if vm is not None:
+                self.cluster.vms[vm.name] = vm
+        if ended:
+            self._changed(frozenset(port.network for port in record.ports))
+
+    async def commit(self, record: Handover) -> None:
+        """The point of no return: version, place and journal in one compare-and-set (HO-3)."""
+        async with self._lock:
+            vm = self.cluster.vms.get(record.vm.name)
+            if vm is None or vm.version != record.version - 1 or vm.move != record.id:
+                raise Conflict(f"vm {record.vm.name} is not at version {record.version - 1}")
+            vm = msgspec.structs.replace(
+                vm, version=record.version, host=record.new_nve, state="running"
+            )
+            await self._write({f"move/{record.id}": record, f"vm/{vm.name}": vm})
+            self.cluster.vms[vm.name] = vm
+            self.cluster.moves[record.id] = record
+        self._changed(frozenset(port.network for port in record.ports))
+
+    async def open_moves(self) -> list[Handover]:
+        return list(self.cluster.moves.values())
+
+    def move(self, move_id: str) -> Handover | None:
+        return self.cluster.moves.get(move_id) or self.ended_moves.get(move_id)

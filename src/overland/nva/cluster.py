@@ -1,0 +1,65 @@
+"""One consistent view of all records. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from overland.model.cluster import Endpoint, Host, Interface, Network, Record, Vm
+from overland.model.handover import Handover
+
+
+class Tsi(Record, frozen=True, kw_only=True):
+    """One interface with its owner and place, be it a VM's or an endpoint's."""
+
+    owner: str
+    index: int
+    kind: Literal["tap", "veth"]
+    host: str
+    interface: Interface
+    version: int
+    namespace: str | None = None
+
+
+@dataclass(slots=True)
+class Cluster:
+    """Records by name. The authority is its only writer."""
+
+    networks: dict[str, Network] = field(default_factory=dict)
+    hosts: dict[str, Host] = field(default_factory=dict)
+    vms: dict[str, Vm] = field(default_factory=dict)
+    endpoints: dict[str, Endpoint] = field(default_factory=dict)
+    moves: dict[str, Handover] = field(default_factory=dict)
+    """Open moves only."""
+
+    def tsis(self) -> Iterator[Tsi]:
+        """Every interface, where its owner's record says it is."""
+        for vm in self.vms.values():
+            for index, interface in enumerate(vm.interfaces):
+                yield Tsi(
+                    owner=vm.name,
+                    index=index,
+                    kind="tap",
+                    host=vm.host,
+                    interface=interface,
+                    version=vm.version,
+                )
+        for endpoint in self.endpoints.values():
+            yield Tsi(
+                owner=endpoint.name,
+                index=0,
+                kind="veth",
+                host=endpoint.host,
+                interface=endpoint.interface,
+                version=endpoint.version,
+                namespace=endpoint.namespace,
+            )
+
+    def places(self, network: str) -> set[str]:
+        """Hosts with an interface in `network`, and those where one is about to come."""
+        hosts = {tsi.host for tsi in self.tsis() if tsi.interface.network == network}
+        for move in self.moves.values():
+            if any(port.network == network for port in move.ports):
+                hosts |= {move.new_nve, move.old_nve}
+        return hosts

@@ -1,0 +1,267 @@
+"""May this wish come true, and why not? Pure: all blockers at once, each with its remedy."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+
+from overland.model.cluster import Endpoint, Host, Interface, Network, Refused, Vm
+from overland.model.names import (
+    OVERHEAD_BYTES,
+    default_mac,
+    parse_address,
+    parse_mac,
+    parse_name,
+    parse_prefix,
+    parse_vni,
+)
+from overland.nva.cluster import Cluster
+from overland.nva.mapping import underlay_address
+
+RESERVE_MIB = 32
+"""What QEMU itself needs beside a guest's memory, in MiB."""
+
+
+def _no(code: str, what: str, why: str, hint: str = "") -> Refused:
+    return Refused(code=code, what=what, why=why, hint=hint)
+
+
+def _unknown(kind: str, name: str) -> Refused:
+    return _no(
+        f"unknown_{kind}",
+        f"{kind} {name}",
+        "there is no such " + kind,
+        f"`overland {'vm' if kind == 'vm' else kind} list` shows all",
+    )
+
+
+def network_blockers(cluster: Cluster, wish: Network) -> Iterator[Refused]:
+    """Why network `wish` cannot be made."""
+    what = f"network {wish.name}"
+    for check in (
+        lambda: parse_name(wish.name, "network"),
+        lambda: parse_vni(wish.vni),
+        lambda: parse_prefix(wish.ipv4, 4) if wish.ipv4 else None,
+        lambda: parse_prefix(wish.ipv6, 6) if wish.ipv6 else None,
+    ):
+        try:
+            check()
+        except ValueError as error:
+            yield _no("malformed", what, str(error))
+    if wish.kind != "l2":
+        why = f"kind {wish.kind} is not built yet"
+        yield _no("unsupported_kind", what, why, "use --kind l2")
+    if not 1280 <= wish.mtu <= 65000:
+        yield _no("malformed", what, f"MTU {wish.mtu}: use 1280 to 65000")
+    if wish.name in cluster.networks:
+        yield _no("exists", what, "the name is taken", "choose another name")
+    for other in cluster.networks.values():
+        if other.vni == wish.vni and other.name != wish.name:
+            hint = "choose another VNI"
+            yield _no("vni_taken", what, f"VNI {wish.vni} belongs to network {other.name}", hint)
+    for host in cluster.hosts.values():
+        yield from _too_small(host, wish)
+
+
+def _too_small(host: Host, network: Network) -> Iterator[Refused]:
+    need = network.mtu + OVERHEAD_BYTES[network.underlay]
+    if host.underlay_mtu < need:
+        yield _no(
+            "mtu_too_small",
+            f"network {network.name}",
+            f"host {host.name} has an underlay MTU of {host.underlay_mtu}, {need} is needed",
+            f"raise it, or use --mtu {host.underlay_mtu - OVERHEAD_BYTES[network.underlay]}",
+        )
+
+
+def network_in_use(cluster: Cluster, name: str) -> Iterator[Refused]:
+    """Why network `name` cannot be deleted."""
+    if name not in cluster.networks:
+        yield _unknown("network", name)
+    for tsi in cluster.tsis():
+        if tsi.interface.network == name:
+            yield _no(
+                "in_use", f"network {name}", f"{tsi.owner} is attached", f"delete {tsi.owner} first"
+            )
+
+
+def host_blockers(cluster: Cluster, name: str) -> Iterator[Refused]:
+    """Why nothing can be placed on host `name`."""
+    host = cluster.hosts.get(name)
+    if host is None:
+        yield _unknown("host", name)
+        return
+    if not host.ready:
+        hint = "start its NVE daemon, or choose another host"
+        yield _no("host_not_ready", f"host {name}", "its NVE does not answer", hint)
+    for why in host.blockers:
+        yield _no("host_blocked", f"host {name}", why)
+
+
+def completed(cluster: Cluster, owner: str, index: int, wish: Interface) -> Interface:
+    """Return `wish` with what was left open chosen: MAC from the name, first free addresses."""
+    network = cluster.networks.get(wish.network)
+    mac = wish.mac or default_mac(owner, index)
+    if network is None:
+        return Interface(network=wish.network, mac=mac, ipv4=wish.ipv4, ipv6=wish.ipv6)
+    return Interface(
+        network=wish.network,
+        mac=mac,
+        ipv4=wish.ipv4 or _free(cluster, network, network.ipv4),
+        ipv6=wish.ipv6 or _free(cluster, network, network.ipv6),
+    )
+
+
+def _free(cluster: Cluster, network: Network, subnet: str | None) -> str | None:
+    if subnet is None:
+        return None
+    taken = {
+        address
+        for tsi in cluster.tsis()
+        if tsi.interface.network == network.name
+        for address in (tsi.interface.ipv4, tsi.interface.ipv6)
+    }
+    hosts = iter(ipaddress.ip_network(subnet).hosts())
+    next(hosts)  # the first is the gateway's
+    return next((str(address) for address in hosts if str(address) not in taken), None)
+
+
+def interface_blockers(
+    cluster: Cluster, owner: str, interfaces: tuple[Interface, ...]
+) -> Iterator[Refused]:
+    """Why `owner` cannot have these interfaces."""
+    for interface in interfaces:
+        network = cluster.networks.get(interface.network)
+        if network is None:
+            yield _unknown("network", interface.network)
+            continue
+        yield from _address_blockers(cluster, owner, network, interface)
+
+
+def _address_blockers(
+    cluster: Cluster, owner: str, network: Network, interface: Interface
+) -> Iterator[Refused]:
+    try:
+        parse_mac(interface.mac)
+        for address, family, subnet in (
+            (interface.ipv4, 4, network.ipv4),
+            (interface.ipv6, 6, network.ipv6),
+        ):
+            if address is None:
+                continue
+            parse_address(address, family)
+            if subnet and ipaddress.ip_address(address) not in ipaddress.ip_network(subnet):
+                why = f"{address} is outside {subnet}"
+                yield _no("address_outside", owner, why, f"choose one inside {subnet}")
+    except ValueError as error:
+        yield _no("malformed", owner, str(error))
+        return
+    for tsi in cluster.tsis():
+        if tsi.interface.network != network.name:
+            continue
+        for mine, theirs in (
+            (interface.mac, tsi.interface.mac),
+            (interface.ipv4, tsi.interface.ipv4),
+            (interface.ipv6, tsi.interface.ipv6),
+        ):
+            if mine is not None and mine == theirs:
+                yield _no(
+                    "address_taken", owner, f"{mine} belongs to {tsi.owner}", "choose another"
+                )
+
+
+def _names_taken(cluster: Cluster, name: str, kind: str) -> Iterator[Refused]:
+    try:
+        parse_name(name, kind)
+    except ValueError as error:
+        yield _no("malformed", f"{kind} {name}", str(error))
+    if name in cluster.vms or name in cluster.endpoints:
+        yield _no("exists", f"{kind} {name}", "the name is taken", "choose another name")
+
+
+def vm_blockers(cluster: Cluster, wish: Vm) -> Iterator[Refused]:
+    """Why VM `wish` cannot be made on its host."""
+    yield from _names_taken(cluster, wish.name, "vm")
+    yield from host_blockers(cluster, wish.host)
+    yield from interface_blockers(cluster, wish.name, wish.interfaces)
+    if wish.memory_mib < 16:
+        yield _no("malformed", f"vm {wish.name}", f"{wish.memory_mib} MiB of memory is too little")
+    if wish.host in cluster.hosts:
+        yield from _fits(cluster, cluster.hosts[wish.host], wish)
+        yield from _reach(cluster, cluster.hosts[wish.host], wish.interfaces)
+
+
+def endpoint_blockers(cluster: Cluster, wish: Endpoint) -> Iterator[Refused]:
+    """Why endpoint `wish` cannot be made on its host."""
+    yield from _names_taken(cluster, wish.name, "endpoint")
+    yield from host_blockers(cluster, wish.host)
+    yield from interface_blockers(cluster, wish.name, (wish.interface,))
+
+
+def _fits(cluster: Cluster, host: Host, vm: Vm) -> Iterator[Refused]:
+    used = sum(
+        each.memory_mib + RESERVE_MIB for each in cluster.vms.values() if each.host == host.name
+    )
+    used += sum(
+        move.vm.memory_mib + RESERVE_MIB
+        for move in cluster.moves.values()
+        if move.new_nve == host.name
+    )
+    free = host.memory_total_mib - used
+    if vm.memory_mib + RESERVE_MIB > free:
+        yield _no(
+            "not_enough_memory",
+            f"host {host.name}",
+            f"{vm.memory_mib + RESERVE_MIB} MiB are needed, {max(0, free)} MiB are free",
+            "choose another host, or move something away first",
+        )
+
+
+def _reach(cluster: Cluster, host: Host, interfaces: tuple[Interface, ...]) -> Iterator[Refused]:
+    for interface in interfaces:
+        network = cluster.networks.get(interface.network)
+        if network is None:
+            continue
+        if underlay_address(host, network) is None:
+            why = f"host {host.name} has no {network.underlay} underlay address"
+            yield _no("no_underlay", f"network {network.name}", why)
+        yield from _too_small(host, network)
+
+
+def move_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
+    """Why VM `name` cannot move hot to host `to` now (checked before anything moves)."""
+    vm = cluster.vms.get(name)
+    if vm is None:
+        yield _unknown("vm", name)
+        yield from host_blockers(cluster, to) if to not in cluster.hosts else ()
+        return
+    what = f"vm {name}"
+    yield from host_blockers(cluster, to)
+    if vm.host == to:
+        yield _no("same_host", what, f"it is on host {to} already", "choose another host")
+    yield from (
+        refusal for refusal in host_blockers(cluster, vm.host) if refusal.code == "host_not_ready"
+    )
+    if vm.move is not None:
+        hint = f"wait for it, or `overland migration abort {vm.move}`"
+        yield _no("move_in_progress", what, f"migration {vm.move} moves it", hint)
+    if vm.state != "running" and vm.move is None:
+        why = f"it is {vm.state}; a hot move needs a running VM"
+        yield _no("not_running", what, why, f"`overland vm start {name}`")
+    host = cluster.hosts.get(to)
+    if host is not None and vm.host != to:
+        yield from _fits(cluster, host, vm)
+        yield from _reach(cluster, host, vm.interfaces)
+        yield from _compatible(cluster.hosts.get(vm.host), host, vm)
+
+
+def _compatible(old: Host | None, new: Host, vm: Vm) -> Iterator[Refused]:
+    what = f"vm {vm.name}"
+    if vm.machine and vm.machine not in new.machine_types:
+        why = f"host {new.name} does not know machine type {vm.machine}"
+        yield _no("machine_unknown", what, why, f"upgrade QEMU on {new.name}")
+    if vm.cpu and vm.cpu not in new.cpu_models:
+        yield _no("cpu_unknown", what, f"host {new.name} does not offer CPU model {vm.cpu}")
+    if old is not None and old.accelerator != new.accelerator:
+        why = f"it runs under {old.accelerator}, host {new.name} offers {new.accelerator}"
+        yield _no("accelerator_differs", what, why)

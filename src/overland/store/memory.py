@@ -1,0 +1,83 @@
+"""The Store port as a dict: the reference semantics."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from overland.ports import Change, Conflict, Delete, Entry, Expect, Put
+
+
+class MemoryStore:
+    """Everything in this process; gone with it."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Entry] = {}
+        self._revision = 0
+        self._log: list[Change] = []
+        self._changed = asyncio.Condition()
+        self._leases: dict[str, float] = {}
+        self._held: dict[str, set[str]] = {}
+
+    async def get(self, key: str) -> Entry | None:
+        await self._expire()
+        return self._entries.get(key)
+
+    async def list(self, prefix: str) -> tuple[list[Entry], int]:
+        await self._expire()
+        found = [self._entries[key] for key in sorted(self._entries) if key.startswith(prefix)]
+        return found, self._revision
+
+    async def commit(self, expects: Sequence[Expect], writes: Sequence[Put | Delete]) -> int:
+        await self._expire()
+        for expect in expects:
+            entry = self._entries.get(expect.key)
+            if (entry.revision if entry else 0) != expect.revision:
+                raise Conflict(f"{expect.key} has changed")
+        return await self._write(writes)
+
+    async def _write(self, writes: Sequence[Put | Delete]) -> int:
+        self._revision += 1
+        for write in writes:
+            for keys in self._held.values():
+                keys.discard(write.key)
+            if isinstance(write, Put):
+                entry = Entry(key=write.key, value=write.value, revision=self._revision)
+                self._entries[write.key] = entry
+                if write.lease is not None:
+                    self._held.setdefault(write.lease, set()).add(write.key)
+                self._log.append(Change(key=write.key, value=write.value, revision=self._revision))
+            elif self._entries.pop(write.key, None) is not None:
+                self._log.append(Change(key=write.key, value=None, revision=self._revision))
+        async with self._changed:
+            self._changed.notify_all()
+        return self._revision
+
+    async def watch(self, prefix: str, after: int) -> AsyncIterator[Change]:
+        at = 0
+        while True:
+            while at < len(self._log):
+                change = self._log[at]
+                at += 1
+                if change.revision > after and change.key.startswith(prefix):
+                    yield change
+            async with self._changed:
+                await self._changed.wait_for(lambda seen=at: seen < len(self._log))  # type: ignore[misc]
+
+    async def grant(self, lease: str, ttl_s: float) -> None:
+        self._leases[lease] = time.monotonic() + ttl_s
+
+    async def revoke(self, lease: str) -> None:
+        self._leases.pop(lease, None)
+        keys = self._held.pop(lease, set())
+        if keys:
+            await self._write([Delete(key=key) for key in sorted(keys)])
+
+    async def _expire(self) -> None:
+        now_s = time.monotonic()
+        for lease in [name for name, end_s in self._leases.items() if end_s <= now_s]:
+            await self.revoke(lease)
+
+    async def close(self) -> None:
+        return
