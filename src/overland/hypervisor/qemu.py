@@ -136,6 +136,10 @@ class QemuHypervisor:
                     await self._connect(name, pid)
         return await self.names()
 
+    def adopt(self, vm: str, port: str) -> None:
+        """After a restart: take a descriptor of tap `port` from the VM's process."""
+        self._taps.adopt(port, self._machine(vm).pid)
+
     async def events(self) -> AsyncIterator[tuple[str, RunState]]:
         while True:
             yield await self._events.get()

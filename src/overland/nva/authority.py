@@ -52,12 +52,9 @@ class Authority:
 
     async def load(self) -> None:
         """Read everything; StoreFailure when a record cannot be understood."""
-        for prefix, kind, into in (
-            ("network/", Network, self.cluster.networks),
-            ("vm/", Vm, self.cluster.vms),
-            ("endpoint/", Endpoint, self.cluster.endpoints),
-        ):
-            await self._load(prefix, kind, into)
+        await self._load("network/", Network, self.cluster.networks)
+        await self._load("vm/", Vm, self.cluster.vms)
+        await self._load("endpoint/", Endpoint, self.cluster.endpoints)
         moves: dict[str, Handover] = {}
         await self._load("move/", Handover, moves)
         for name, move in moves.items():

@@ -1,0 +1,250 @@
+"""REST for people and scripts: /v1, OpenAPI at /docs, errors as RFC 9457 problems.
+
+Turns wishes into calls on a Service and its answers into JSON; decides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from overland.model.cluster import Boot, Endpoint, Interface, Network, Record, Refused, Vm
+from overland.model.handover import Handover, Options
+from overland.model.receipt import receipt
+from overland.nva.authority import Authority, Blocked
+from overland.ports import StoreFailure
+
+_STATUS = {
+    "malformed": 422,
+    "exists": 409,
+    "vni_taken": 409,
+    "address_taken": 409,
+    "failed": 502,
+    "store": 507,
+}
+
+
+class Service(Protocol):
+    """What the API needs of the NVA."""
+
+    authority: Authority
+
+    async def create_vm(self, wish: Vm) -> Vm: ...
+
+    async def vm_action(self, name: str, action: str) -> Vm: ...
+
+    async def delete_vm(self, name: str) -> None: ...
+
+    async def migrate(self, name: str, to: str, options: Options) -> str: ...
+
+    def find_move(self, move_id: str) -> Handover | None: ...
+
+    def abort(self, move_id: str) -> bool: ...
+
+    def follow(self, move_id: str) -> AsyncIterator[dict[str, Any]]: ...
+
+
+class VmWish(Record, frozen=True, kw_only=True):
+    """Body of POST /v1/vms. Addresses left out are chosen."""
+
+    name: str
+    host: str
+    interfaces: tuple[dict[str, str | None], ...]
+    memory_mib: int = 128
+    vcpus: int = 1
+    boot: Boot = Boot()
+
+
+class MigrateWish(Record, frozen=True, kw_only=True):
+    """Body of POST /v1/vms/NAME/migrate."""
+
+    to: str
+    mode: str = "hot"
+    dry_run: bool = False
+    options: Options = Options()
+
+
+def problem(refusals: tuple[Refused, ...]) -> JSONResponse:
+    """RFC 9457; the first refusal leads, `blockers` lists all."""
+    first = refusals[0]
+    unknown = 404 if first.code.startswith("unknown") else 409
+    body = {
+        "type": f"urn:overland:{first.code}",
+        "title": first.what,
+        "detail": first.why,
+        "code": first.code,
+        "hint": first.hint,
+        "blockers": [msgspec.to_builtins(each) for each in refusals],
+    }
+    status = _STATUS.get(first.code, unknown)
+    return JSONResponse(body, status, media_type="application/problem+json")
+
+
+async def _body(request: Request, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(await request.body(), type=kind)
+    except msgspec.DecodeError as error:
+        raise Blocked([Refused(code="malformed", what="request", why=str(error))]) from None
+
+
+def _json(value: Any, status: int = 200) -> JSONResponse:
+    return JSONResponse(msgspec.to_builtins(value), status)
+
+
+def create_app(service: Service) -> FastAPI:
+    """The whole API over `service`."""
+    app = FastAPI(title="overland NVA", version="1")
+
+    @app.exception_handler(Blocked)
+    async def _blocked(_: Request, error: Blocked) -> JSONResponse:
+        return problem(error.refusals)
+
+    @app.exception_handler(StoreFailure)
+    async def _store(_: Request, error: StoreFailure) -> JSONResponse:
+        return problem((Refused(code="store", what="store", why=str(error)),))
+
+    @app.get("/healthz")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    _records(app, service)
+    _machines(app, service)
+    _moves(app, service)
+    return app
+
+
+def _records(app: FastAPI, service: Service) -> None:
+    authority = service.authority
+
+    @app.get("/v1/networks")
+    async def networks() -> JSONResponse:
+        return _json(sorted(authority.cluster.networks.values(), key=lambda each: each.name))
+
+    @app.post("/v1/networks", status_code=201)
+    async def create_network(request: Request) -> JSONResponse:
+        return _json(await authority.create_network(await _body(request, Network)), 201)
+
+    @app.delete("/v1/networks/{name}", status_code=204)
+    async def delete_network(name: str) -> Response:
+        await authority.delete_network(name)
+        return Response(status_code=204)
+
+    @app.get("/v1/hosts")
+    async def hosts() -> JSONResponse:
+        return _json(sorted(authority.cluster.hosts.values(), key=lambda each: each.name))
+
+    @app.get("/v1/endpoints")
+    async def endpoints() -> JSONResponse:
+        return _json(sorted(authority.cluster.endpoints.values(), key=lambda each: each.name))
+
+    @app.post("/v1/endpoints", status_code=201)
+    async def create_endpoint(request: Request) -> JSONResponse:
+        return _json(await authority.create_endpoint(await _body(request, Endpoint)), 201)
+
+    @app.delete("/v1/endpoints/{name}", status_code=204)
+    async def delete_endpoint(name: str) -> Response:
+        await authority.delete_endpoint(name)
+        return Response(status_code=204)
+
+
+def _machines(app: FastAPI, service: Service) -> None:
+    authority = service.authority
+
+    @app.get("/v1/vms")
+    async def vms() -> JSONResponse:
+        return _json(sorted(authority.cluster.vms.values(), key=lambda each: each.name))
+
+    @app.get("/v1/vms/{name}")
+    async def vm(name: str) -> JSONResponse:
+        return _json(authority.vm(name))
+
+    @app.post("/v1/vms", status_code=201)
+    async def create_vm(request: Request) -> JSONResponse:
+        wish = await _body(request, VmWish)
+        interfaces = tuple(
+            Interface(
+                network=each.get("network") or "",
+                mac=each.get("mac") or "",
+                ipv4=each.get("ipv4"),
+                ipv6=each.get("ipv6"),
+            )
+            for each in wish.interfaces
+        )
+        made = Vm(
+            name=wish.name,
+            host=wish.host,
+            interfaces=interfaces,
+            memory_mib=wish.memory_mib,
+            vcpus=wish.vcpus,
+            boot=wish.boot,
+        )
+        return _json(await service.create_vm(made), 201)
+
+    @app.post("/v1/vms/{name}/{action}")
+    async def act(name: str, action: str, request: Request) -> JSONResponse:
+        if action == "migrate":
+            return await _migrate(service, name, await _body(request, MigrateWish))
+        if action not in ("start", "pause", "resume", "stop"):
+            why = f"there is no action {action}"
+            raise Blocked([Refused(code="unknown_action", what=f"vm {name}", why=why)])
+        return _json(await service.vm_action(name, action))
+
+    @app.delete("/v1/vms/{name}", status_code=204)
+    async def delete_vm(name: str) -> Response:
+        await service.delete_vm(name)
+        return Response(status_code=204)
+
+
+async def _migrate(service: Service, name: str, wish: MigrateWish) -> JSONResponse:
+    if wish.mode != "hot":
+        why = f"mode {wish.mode} is not built yet"
+        raise Blocked([Refused(code="unsupported_mode", what=f"vm {name}", why=why, hint="--hot")])
+    if wish.dry_run:
+        blockers = service.authority.move_blockers(name, wish.to)
+        return _json({"vm": name, "to": wish.to, "blockers": blockers})
+    return _json({"id": await service.migrate(name, wish.to, wish.options)}, 202)
+
+
+def _moves(app: FastAPI, service: Service) -> None:
+    authority = service.authority
+
+    def found(move_id: str) -> Handover:
+        record = service.find_move(move_id)
+        if record is None:
+            why = "there is no such migration"
+            what = f"migration {move_id}"
+            raise Blocked([Refused(code="unknown_migration", what=what, why=why)])
+        return record
+
+    @app.get("/v1/migrations")
+    async def migrations() -> JSONResponse:
+        every = [*authority.ended_moves.values(), *authority.cluster.moves.values()]
+        every.sort(key=lambda each: each.phases[0].at_ns)
+        return _json([receipt(each) for each in every])
+
+    @app.get("/v1/migrations/{move_id}")
+    async def migration(move_id: str) -> JSONResponse:
+        return _json(receipt(found(move_id)))
+
+    @app.get("/v1/migrations/{move_id}/events")
+    async def events(move_id: str) -> StreamingResponse:
+        found(move_id)
+
+        async def lines() -> AsyncIterator[str]:
+            async for state in service.follow(move_id):
+                yield f"data: {json.dumps(state)}\n\n"
+
+        return StreamingResponse(lines(), media_type="text/event-stream")
+
+    @app.post("/v1/migrations/{move_id}/abort")
+    async def abort(move_id: str) -> JSONResponse:
+        record = found(move_id)
+        if not service.abort(move_id):
+            why = f"it has ended: {record.outcome}"
+            raise Blocked([Refused(code="ended", what=f"migration {move_id}", why=why)])
+        return _json({"id": move_id}, 202)

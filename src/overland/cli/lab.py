@@ -1,0 +1,200 @@
+"""`overland lab`: hosts as network namespaces, the same daemons and commands as in production."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from overland.cli.client import Client, write_context
+from overland.cli.options import Api, Output
+from overland.cli.output import Exit, Failure, Format, show
+from overland.lab import console, guest
+from overland.lab import lab as labs
+from overland.lab.topology import LABS, Topology, endpoint_namespace, topology
+from overland.probe.build import BuildError, helper_path
+
+lab = typer.Typer(no_args_is_help=True, help="A data centre on one machine.")
+endpoint = typer.Typer(no_args_is_help=True, help="Namespaces attached like VMs.")
+lab.add_typer(endpoint, name="endpoint")
+Name = Annotated[str, typer.Option("--name", help="the lab's name")]
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "overland"
+ANYTHING = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def _failure(error: Exception, code: str = "lab") -> Failure:
+    return Failure("lab", str(error), code)
+
+
+def _topology(name: str, hosts: int) -> Topology:
+    try:
+        return topology(name, hosts)
+    except ValueError as error:
+        raise Failure("lab up", str(error), "usage", exit_code=Exit.USAGE) from None
+
+
+def _state(name: str) -> dict[str, Any]:
+    path = LABS / name / "state.json"
+    if not path.exists():
+        raise Failure(f"lab {name}", "it is not up", "lab_down", "`overland lab up`", Exit.REFUSED)
+    return dict(json.loads(path.read_text()))
+
+
+@lab.command("up")
+def up(
+    hosts: int = 3,
+    name: Name = "lab",
+    nvas: int = 1,
+    output: Output = Format.table,
+) -> None:
+    """Bring a lab up; returns when all hosts are ready."""
+    if nvas != 1:
+        raise Failure("lab up", "one NVA only is built", "usage", "--nvas 1", Exit.USAGE)
+    try:
+        state = labs.up(_topology(name, hosts))
+    except (labs.LabFailure, OSError) as error:
+        raise _failure(error) from None
+    write_context(state["api"])
+    show(_status(name), output)
+
+
+@lab.command("down")
+def down(name: Name = "lab") -> None:
+    """Take a lab down, whatever is left of it."""
+    try:
+        labs.down(name, LABS / name)
+    except labs.LabFailure as error:
+        raise _failure(error) from None
+
+
+def _status(name: str) -> dict[str, Any]:
+    state = _state(name)
+    client = Client(state["api"])
+    hosts = [
+        {
+            "name": host["name"],
+            "namespace": f"ovl-{name}-{host['name']}",
+            "underlay_ipv4": host["underlay_ipv4"],
+            "underlay_ipv6": host["underlay_ipv6"],
+            "ready": host["ready"],
+        }
+        for host in client.call("GET", "/v1/hosts")
+    ]
+    endpoints = [
+        {
+            "name": each["name"],
+            "namespace": each["namespace"],
+            "host": each["host"],
+            **{key: each["interface"][key] for key in ("network", "mac", "ipv4", "ipv6")},
+        }
+        for each in client.call("GET", "/v1/endpoints")
+    ]
+    return {"name": name, "api": state["api"], "hosts": hosts, "endpoints": endpoints}
+
+
+@lab.command("status")
+def status(name: Name = "lab", output: Output = Format.table) -> None:
+    """Hosts and endpoints of a lab that is up."""
+    show(_status(name), output)
+
+
+@lab.command("exec", context_settings=ANYTHING)
+def execute(context: typer.Context, host: str, name: Name = "lab") -> None:
+    """Run a command in a host's (or an endpoint's) network namespace."""
+    found = [f"ovl-{name}-{host}", endpoint_namespace(name, host)]
+    namespace = next((each for each in found if (labs.NETNS / each).exists()), None)
+    if namespace is None:
+        raise Failure(f"host {host}", "there is no such host", "unknown_host", exit_code=3)
+    command = ["nsenter", f"--net={labs.NETNS / namespace}", *context.args]
+    sys.exit(subprocess.run(command, check=False).returncode)
+
+
+@lab.command("guest", context_settings=ANYTHING)
+def in_guest(context: typer.Context, vm: str, name: Name = "lab", timeout: float = 30.0) -> None:
+    """Run a command in a VM that runs the lab's guest image; prints its output."""
+    client = Client(_state(name)["api"])
+    host = client.call("GET", f"/v1/vms/{vm}")["host"]
+    sock = LABS / name / "run" / host / vm / "console.sock"
+    try:
+        code, out = asyncio.run(console.run(sock, " ".join(context.args), timeout))
+    except console.ConsoleFailure as error:
+        raise Failure(f"vm {vm}", str(error), "console") from None
+    sys.stdout.buffer.write(out)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+@endpoint.command("add")
+def endpoint_add(
+    name: str,
+    host: Annotated[str, typer.Option()],
+    network: Annotated[str, typer.Option()],
+    ipv4: str | None = None,
+    ipv6: str | None = None,
+    lab_name: Annotated[str, typer.Option("--lab", help="the lab's name")] = "lab",
+    api: Api = None,
+    output: Output = Format.table,
+) -> None:
+    """Attach a new network namespace to a network, like a VM."""
+    namespace = endpoint_namespace(lab_name, name)
+    client = Client(api or _state(lab_name)["api"])
+    fresh = not (labs.NETNS / namespace).exists()
+    if fresh:
+        subprocess.run(["ip", "netns", "add", namespace], check=False, capture_output=True)
+    wish = {
+        "name": name,
+        "host": host,
+        "namespace": namespace,
+        "interface": {"network": network, "mac": "", "ipv4": ipv4, "ipv6": ipv6},
+    }
+    try:
+        made = client.call("POST", "/v1/endpoints", wish)
+    except Failure:
+        if fresh:
+            subprocess.run(["ip", "netns", "del", namespace], check=False, capture_output=True)
+        raise
+    _wait_attached(namespace)
+    show(made, output)
+
+
+def _wait_attached(namespace: str) -> None:
+    """Return when the endpoint's interface is up: the NVE makes it after the NVA's push."""
+    command = f"ip -n {namespace} -o link show eth0 up"
+    for _ in range(200):
+        done = subprocess.run(command.split(), check=False, capture_output=True)
+        if done.stdout:
+            return
+        subprocess.run(["sleep", "0.02"], check=False)
+    raise Failure("endpoint", "its interface did not come up", "not_attached")
+
+
+def lab_guest_boot(
+    client: Client, interfaces: list[dict[str, str]], append: str
+) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """The lab's own guest image for a VM that brings none, with its addresses to configure."""
+    networks = {each["name"]: each for each in client.call("GET", "/v1/networks")}
+    try:
+        image = guest.build(CACHE, {"bin/overland-probe": helper_path()})
+    except (guest.GuestFailure, BuildError, OSError) as error:
+        raise Failure("guest image", str(error), "guest_image") from None
+    words = ["console=ttyS0", "quiet"]
+    for index, interface in enumerate(interfaces):
+        network = networks.get(interface["network"], {})
+        parts = [
+            f"{interface[family]}/{network[family].rpartition('/')[2]}"
+            for family in ("ipv4", "ipv6")
+            if interface.get(family) and network.get(family)
+        ]
+        words.append(f"ov.ip={index},{','.join(parts) or '-'}")
+    boot = {
+        "kernel": str(image.kernel),
+        "initrd": str(image.initrd),
+        "append": " ".join([*words, append]).strip(),
+    }
+    return interfaces, boot

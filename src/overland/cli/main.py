@@ -1,0 +1,100 @@
+"""`overland NOUN VERB`: parses, calls, exits. No traceback ever reaches a person."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+import uvloop
+
+from overland.cli.client import write_context
+from overland.cli.lab import lab
+from overland.cli.output import Exit, Failure, fail
+from overland.cli.records import host, network
+from overland.cli.vm import migration, vm
+from overland.config import ConfigFailure, NvaConfig, NveConfig, load
+from overland.ports import PortFailure
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+nva = typer.Typer(no_args_is_help=True, help="The network virtualization authority.")
+nve = typer.Typer(no_args_is_help=True, help="The network virtualization edge of one host.")
+config = typer.Typer(no_args_is_help=True, help="Configuration files.")
+context = typer.Typer(no_args_is_help=True, help="Which NVA commands go to.")
+for _name, _part in (
+    ("nva", nva),
+    ("nve", nve),
+    ("config", config),
+    ("context", context),
+    ("network", network),
+    ("host", host),
+    ("vm", vm),
+    ("migration", migration),
+    ("lab", lab),
+):
+    app.add_typer(_part, name=_name)
+
+ConfigFile = Annotated[Path, typer.Option("--config", help="TOML file")]
+
+
+def _logging() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+
+
+@nva.command("run")
+def nva_run(config: ConfigFile) -> None:
+    """Run the NVA of a domain."""
+    from overland.daemon.nva import Domain
+
+    settings = load(config, NvaConfig)
+    assert isinstance(settings, NvaConfig)
+    _logging()
+    uvloop.run(Domain(settings).run())
+
+
+@nve.command("run")
+def nve_run(config: ConfigFile) -> None:
+    """Run the NVE of this host."""
+    from overland.daemon.nve import run_nve
+
+    settings = load(config, NveConfig)
+    assert isinstance(settings, NveConfig)
+    _logging()
+    asyncio.run(run_nve(settings))
+
+
+@config.command("check")
+def config_check(file: Path) -> None:
+    """Check a configuration file of either daemon."""
+    kind = (
+        NveConfig if "\nhost" in "\n" + (file.read_text() if file.exists() else "") else NvaConfig
+    )
+    load(file, kind)
+
+
+@context.command("use")
+def context_use(url: str) -> None:
+    """Send commands to the NVA at URL from now on."""
+    write_context(url)
+
+
+def main() -> None:
+    """Entry point."""
+    try:
+        app(standalone_mode=False)
+    except Failure as failure:
+        fail(failure)
+    except ConfigFailure as failure:
+        fail(Failure("config", str(failure), "config", exit_code=Exit.USAGE))
+    except PortFailure as failure:
+        fail(Failure("daemon", str(failure), "failed"))
+    except click.ClickException as error:
+        fail(Failure("usage", error.format_message(), "usage", "see --help", Exit.USAGE))
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except OSError as error:
+        fail(Failure(error.filename or "system", error.strerror or str(error), "system"))

@@ -1,0 +1,84 @@
+"""`overland network`, `overland host`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from overland.cli.client import Client
+from overland.cli.options import Api, Output
+from overland.cli.output import Exit, Failure, Format, show
+
+network = typer.Typer(no_args_is_help=True, help="Virtual networks.")
+host = typer.Typer(no_args_is_help=True, help="Hosts and their NVEs.")
+NETWORK_COLUMNS = ("name", "vni", "kind", "ipv4", "ipv6", "mtu", "underlay")
+HOST_COLUMNS = ("name", "ready", "underlay_ipv4", "underlay_ipv6", "accelerator", "blockers")
+
+
+@network.command("create")
+def network_create(
+    name: str,
+    vni: Annotated[int, typer.Option(help="VXLAN identifier, 1 to 16777215")],
+    kind: str = "l2",
+    ipv4: Annotated[str | None, typer.Option(help="subnet")] = None,
+    ipv6: Annotated[str | None, typer.Option(help="subnet")] = None,
+    mtu: int = 1500,
+    underlay: Annotated[str, typer.Option(help="ipv4 or ipv6: the outer family")] = "ipv4",
+    api: Api = None,
+    output: Output = Format.table,
+) -> None:
+    """Make a virtual network."""
+    wish = {
+        "name": name,
+        "vni": vni,
+        "kind": kind,
+        "ipv4": ipv4,
+        "ipv6": ipv6,
+        "mtu": mtu,
+        "underlay": underlay,
+    }
+    show(Client(api).call("POST", "/v1/networks", wish), output)
+
+
+@network.command("list")
+def network_list(api: Api = None, output: Output = Format.table) -> None:
+    """All virtual networks."""
+    show(Client(api).call("GET", "/v1/networks"), output, NETWORK_COLUMNS)
+
+
+@network.command("show")
+def network_show(name: str, api: Api = None, output: Output = Format.table) -> None:
+    """One virtual network."""
+    show(_one(Client(api), "network", name), output)
+
+
+@network.command("delete")
+def network_delete(name: str, api: Api = None) -> None:
+    """Remove a virtual network that nobody uses."""
+    Client(api).call("DELETE", f"/v1/networks/{name}")
+
+
+@host.command("list")
+def host_list(api: Api = None, output: Output = Format.table) -> None:
+    """All hosts."""
+    show(Client(api).call("GET", "/v1/hosts"), output, HOST_COLUMNS)
+
+
+@host.command("show")
+def host_show(name: str, api: Api = None, output: Output = Format.table) -> None:
+    """One host."""
+    show(_one(Client(api), "host", name), output)
+
+
+def _one(client: Client, kind: str, name: str) -> object:
+    for each in client.call("GET", f"/v1/{kind}s"):
+        if each["name"] == name:
+            return each
+    raise Failure(
+        f"{kind} {name}",
+        f"there is no such {kind}",
+        f"unknown_{kind}",
+        f"`overland {kind} list` shows all",
+        Exit.REFUSED,
+    )

@@ -1,0 +1,227 @@
+"""`overland vm` and `overland migration`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from overland.cli.client import Client
+from overland.cli.options import Api, Output, spec
+from overland.cli.output import Exit, Failure, Format, show
+from overland.model.names import parse_duration, parse_size
+
+vm = typer.Typer(no_args_is_help=True, help="Virtual machines.")
+migration = typer.Typer(no_args_is_help=True, help="Moves and their receipts.")
+VM_COLUMNS = ("name", "state", "host", "version", "memory_mib", "move")
+MOVE_COLUMNS = (
+    "id",
+    "vm",
+    "old_nve",
+    "new_nve",
+    "phase",
+    "outcome",
+    "vm_stop_ms",
+    "network_gap_ms",
+    "total_ms",
+)
+
+
+def amount(text: str | None, what: str, parse: Any) -> Any:
+    """A typed amount with its unit; a usage error names the option."""
+    try:
+        return parse(text) if text is not None else None
+    except ValueError as error:
+        raise Failure(what, str(error), "usage", exit_code=Exit.USAGE) from None
+
+
+@vm.command("create")
+def create(
+    name: str,
+    network: Annotated[list[str], typer.Option(help="NAME[,ipv4=A][,ipv6=A][,mac=M]")],
+    host: Annotated[str, typer.Option(help="where it starts")],
+    memory: str = "128MiB",
+    vcpus: int = 1,
+    image: Annotated[str | None, typer.Option(help="disk image on the host")] = None,
+    kernel: str | None = None,
+    initrd: str | None = None,
+    append: str = "",
+    api: Api = None,
+    output: Output = Format.table,
+) -> None:
+    """Make a VM and start it; returns when it runs."""
+    from overland.cli.lab import lab_guest_boot
+
+    client = Client(api)
+    interfaces = [spec(each) for each in network]
+    boot: dict[str, Any] = {"image": image, "kernel": kernel, "initrd": initrd, "append": append}
+    if not image and not kernel:
+        interfaces, boot = lab_guest_boot(client, interfaces, append)
+    wish = {
+        "name": name,
+        "host": host,
+        "interfaces": interfaces,
+        "memory_mib": amount(memory, "--memory", parse_size) // 2**20,
+        "vcpus": vcpus,
+        "boot": boot,
+    }
+    show(client.call("POST", "/v1/vms", wish), output)
+
+
+@vm.command("list")
+def vm_list(api: Api = None, output: Output = Format.table) -> None:
+    """All VMs."""
+    show(Client(api).call("GET", "/v1/vms"), output, VM_COLUMNS)
+
+
+@vm.command("show")
+def vm_show(name: str, api: Api = None, output: Output = Format.table) -> None:
+    """One VM: its state, host, addresses and version."""
+    show(Client(api).call("GET", f"/v1/vms/{name}"), output)
+
+
+def _action(action: str, meaning: str) -> None:
+    @vm.command(action, help=meaning)
+    def act(name: str, api: Api = None, output: Output = Format.table) -> None:
+        show(Client(api).call("POST", f"/v1/vms/{name}/{action}", {}), output)
+
+
+for _verb, _meaning in (
+    ("start", "Start a stopped VM."),
+    ("pause", "Pause a running VM."),
+    ("resume", "Resume a paused VM."),
+    ("stop", "Stop a VM."),
+):
+    _action(_verb, _meaning)
+
+
+@vm.command("delete")
+def vm_delete(name: str, api: Api = None) -> None:
+    """Stop and remove a VM."""
+    Client(api).call("DELETE", f"/v1/vms/{name}")
+
+
+@vm.command("migrate")
+def migrate(
+    name: str,
+    to: Annotated[str, typer.Option(help="the new host")],
+    hot: Annotated[bool, typer.Option("--hot/--no-hot", "--live")] = True,
+    max_downtime: str = "300ms",
+    bandwidth: Annotated[str | None, typer.Option(help="bytes a second, such as 1GiB")] = None,
+    timeout: str = "300s",
+    timeout_action: Annotated[str, typer.Option(help="abort or pause")] = "abort",
+    verify: Annotated[bool, typer.Option(help="compare memory digests at equality")] = False,
+    dry_run: bool = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait")] = True,
+    api: Api = None,
+    output: Output = Format.table,
+) -> None:
+    """Move a running VM to another host; prints the receipt."""
+    if not hot:
+        raise Failure("vm migrate", "only hot moves are built", "unsupported_mode", "--hot", 3)
+    client = Client(api)
+    wish = {
+        "to": to,
+        "dry_run": dry_run,
+        "options": {
+            "max_downtime_ms": amount(max_downtime, "--max-downtime", parse_duration) * 1000,
+            "bandwidth_bytes_per_s": amount(bandwidth, "--bandwidth", parse_size),
+            "timeout_s": amount(timeout, "--timeout", parse_duration),
+            "timeout_action": timeout_action,
+            "verify": verify,
+        },
+    }
+    answer = client.call("POST", f"/v1/vms/{name}/migrate", wish)
+    if dry_run:
+        if answer["blockers"]:
+            raise Failure.of_problem(answer)
+        show(answer, output)
+    elif not wait:
+        print(answer["id"])
+    else:
+        _finish(_follow(client, answer["id"]), output)
+
+
+def _follow(client: Client, move: str) -> dict[str, Any]:
+    """Wait for the end, with a progress display on a terminal."""
+    last: dict[str, Any] = {}
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("planned", total=100)
+        for state in client.events(f"/v1/migrations/{move}/events"):
+            last = state
+            progress.update(task, description=_headline(state), completed=_percent(state))
+    last.pop("progress", None)
+    return last
+
+
+def _headline(state: dict[str, Any]) -> str:
+    memory = state["progress"]
+    rate = memory["bandwidth_bytes_per_s"]
+    forecast = f", stop about {memory['remaining_bytes'] / rate * 1000:.0f} ms" if rate else ""
+    return (
+        f"{state['phase']}: {memory['remaining_bytes'] / 2**20:.0f} MiB left, "
+        f"{rate / 2**20:.0f} MiB/s, dirty {memory['dirty_bytes_per_s'] / 2**20:.0f} MiB/s{forecast}"
+    )
+
+
+def _percent(state: dict[str, Any]) -> float:
+    memory = state["progress"]
+    if state["outcome"] != "open" or not memory["total_bytes"]:
+        return 100.0 if state["outcome"] != "open" else 0.0
+    return max(0.0, 99.0 * (1 - float(memory["remaining_bytes"]) / float(memory["total_bytes"])))
+
+
+def _finish(receipt: dict[str, Any], output: Format) -> None:
+    show(receipt, output)
+    match receipt.get("outcome"):
+        case "moved":
+            return
+        case "aborted":
+            raise Failure(
+                f"vm {receipt['vm']}",
+                f"still on {receipt['old_nve']}: {receipt['reason']}",
+                "aborted",
+                exit_code=Exit.ABORTED,
+            )
+        case _:
+            raise Failure(
+                "migration",
+                "its outcome is not known",
+                "unknown",
+                f"`overland migration repair {receipt.get('id', '')}`",
+                Exit.UNKNOWN,
+            )
+
+
+@migration.command("list")
+def migration_list(api: Api = None, output: Output = Format.table) -> None:
+    """All moves, oldest first."""
+    show(Client(api).call("GET", "/v1/migrations"), output, MOVE_COLUMNS)
+
+
+@migration.command("show")
+def migration_show(move: str, api: Api = None, output: Output = Format.table) -> None:
+    """The receipt of a move."""
+    show(Client(api).call("GET", f"/v1/migrations/{move}"), output)
+
+
+@migration.command("watch")
+def migration_watch(move: str, api: Api = None, output: Output = Format.table) -> None:
+    """Follow a move to its end."""
+    _finish(_follow(Client(api), move), output)
+
+
+@migration.command("abort")
+def migration_abort(move: str, api: Api = None) -> None:
+    """Bring the VM back, while the move is not committed."""
+    client = Client(api)
+    client.call("POST", f"/v1/migrations/{move}/abort")
+    receipt = _follow(client, move)
+    if receipt["outcome"] == "moved":
+        why = "it was committed already; the VM has moved"
+        raise Failure(f"migration {move}", why, "committed", exit_code=Exit.REFUSED)

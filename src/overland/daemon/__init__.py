@@ -1,0 +1,1 @@
+"""Where parts are joined into the two daemons, and nowhere else."""

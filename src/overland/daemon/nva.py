@@ -1,0 +1,292 @@
+"""The NVA daemon: store, authority, handovers, the NVEs' wire and the REST API in one loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvicorn
+
+from overland.api.rest import create_app
+from overland.config import NvaConfig
+from overland.mobility.messages import AnyOrder
+from overland.model.cluster import Mapping, Refused, Vm
+from overland.model.handover import ENDED, Handover, Options
+from overland.model.receipt import receipt
+from overland.nva.authority import Authority, Blocked
+from overland.nva.handovers import Handovers
+from overland.nva.mapping import vn_intent
+from overland.ports import PortFailure
+from overland.store.sqlite import SqliteStore
+from overland.wire import messages as w
+from overland.wire import tls
+from overland.wire.server import WireServer
+
+VM_ORDER_LIMIT_S = 60.0
+NEGATIVE_100MS = 20
+
+log = logging.getLogger(__name__)
+
+
+class Domain:
+    """One NVA: hears the NVEs, pushes to them, and serves the API's wishes."""
+
+    def __init__(self, config: NvaConfig) -> None:
+        self._config = config
+        self.authority = Authority(SqliteStore(Path(config.store)), self._networks_changed)
+        self._wire = WireServer(self)
+        self.handovers = Handovers(self.authority, self._tell, self._move_changed)
+        self._revision = time.time_ns()
+        self._pushed: dict[tuple[str, str], bytes] = {}
+        self._acked: dict[tuple[str, str], int] = {}
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, asyncio.Future[str | None]] = {}
+        self._leases: dict[str, asyncio.TimerHandle] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._move_events: dict[str, asyncio.Condition] = {}
+        self._latest: dict[str, Handover] = {}
+
+    async def run(self) -> None:
+        config = self._config
+        await self.authority.load()
+        context = tls.context(
+            Path(config.tls.ca), Path(config.tls.certificate), Path(config.tls.key), server=True
+        )
+        await self._wire.listen(config.wire_address, config.wire_port, context)
+        await self.handovers.recover()
+        server = uvicorn.Server(
+            uvicorn.Config(create_app(self), log_level="warning", lifespan="off")
+        )
+        await server.serve(sockets=[_api_socket(config.api_listen)])
+
+    def _later(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # ------------------------------------------------------------ what NVEs say
+
+    def connected(self, host: str, hello: w.Hello) -> None:
+        timer = self._leases.pop(host, None)
+        if timer is not None:
+            timer.cancel()
+        self._wire.send(host, w.Welcome(protocol=w.PROTOCOL, lease_s=self._config.lease_s))
+        for key in [key for key in self._pushed if key[0] == host]:
+            del self._pushed[key]
+        for network in hello.known:
+            if network not in self.authority.cluster.networks:
+                self._push(host, network)
+        self.authority.host_seen(hello.host)
+        for network in self.authority.cluster.networks:
+            self._push(host, network)
+        for vm in self.authority.cluster.vms.values():
+            if vm.host == host and vm.move is None and vm.state in ("running", "paused"):
+                state = hello.vms.get(vm.name, "crashed")
+                self._later(self.authority.vm_state(vm.name, state, "seen at connection"))
+
+    def disconnected(self, host: str) -> None:
+        loop = asyncio.get_running_loop()
+        self._leases[host] = loop.call_later(self._config.lease_s, self._lease_ended, host)
+
+    def _lease_ended(self, host: str) -> None:
+        log.warning("NVE %s: lease ended", host)
+        self.authority.host_lost(host)
+        self.handovers.lost(host)
+
+    def heard(self, host: str, message: w.FromNve) -> None:
+        match message:
+            case w.Ack():
+                self._acknowledged(host, message)
+            case w.MoveReport(report=report):
+                self.handovers.report(report)
+            case w.VmAnswer(id=number, failure=failure):
+                waiting = self._answers.pop(number, None)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(failure)
+            case w.VmReport(vm=name, state=state, reason=reason):
+                vm = self.authority.cluster.vms.get(name)
+                if vm is not None and vm.host == host:
+                    self._later(self.authority.vm_state(name, state, reason))
+            case w.Query():
+                self._answer(host, message)
+            case w.Unsupported(why=why):
+                log.warning("NVE %s does not understand: %s", host, why)
+            case w.Hello():
+                pass
+
+    def _answer(self, host: str, query: w.Query) -> None:
+        for tsi in self.authority.cluster.tsis():
+            face = tsi.interface
+            if face.network == query.network and (
+                query.mac == face.mac or query.address in (face.ipv4, face.ipv6)
+            ):
+                found = Mapping(
+                    network=face.network,
+                    owner=tsi.owner,
+                    mac=face.mac,
+                    ipv4=face.ipv4,
+                    ipv6=face.ipv6,
+                    nve=tsi.host,
+                    version=tsi.version,
+                )
+                self._wire.send(host, w.Answer(id=query.id, mapping=found, lifetime_100ms=0xFFFF))
+                return
+        self._wire.send(host, w.Answer(id=query.id, mapping=None, lifetime_100ms=NEGATIVE_100MS))
+
+    # ------------------------------------------------------------ what NVEs are told
+
+    def _networks_changed(self, networks: frozenset[str]) -> None:
+        for network in sorted(networks):
+            for host in sorted(self._wire.hosts()):
+                self._push(host, network)
+
+    def _push(self, host: str, network: str) -> None:
+        """Tell `host` of `network` if it has a part in it (R-44) and this is news to it."""
+        cluster = self.authority.cluster
+        record = cluster.networks.get(network)
+        member = record is not None and host in cluster.places(network)
+        intent = vn_intent(cluster, record, host) if record is not None and member else None
+        if intent is None and (host, network) not in self._pushed:
+            return
+        content = msgspec.msgpack.encode(intent)
+        if self._pushed.get((host, network)) == content:
+            return
+        versions = {
+            tsi.owner: tsi.version for tsi in cluster.tsis() if tsi.interface.network == network
+        }
+        self._revision += 1
+        if intent is None:
+            del self._pushed[host, network]
+        else:
+            self._pushed[host, network] = content
+        push = w.VnPush(network=network, revision=self._revision, intent=intent, versions=versions)
+        self._wire.send(host, push)
+
+    def _acknowledged(self, host: str, ack: w.Ack) -> None:
+        self._acked[host, ack.network] = ack.revision
+        for failure in ack.failures:
+            log.warning("NVE %s: %s: %s", host, ack.network, failure)
+        if not ack.failures:
+            for vm, version in ack.versions.items():
+                self.handovers.acknowledged(host, vm, version)
+
+    def _tell(self, nve: str, order: AnyOrder) -> None:
+        if not self._wire.send(nve, w.MoveOrder(order=order)):
+            log.warning("NVE %s is away: %s not sent", nve, type(order).__name__)
+
+    # ------------------------------------------------------------ VMs
+
+    async def _order(self, action: str, vm: Vm) -> None:
+        number = next(self._numbers)
+        waiting: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        self._answers[number] = waiting
+        message = msgspec.convert({"id": number, "action": action, "vm": vm}, w.VmOrder)
+        if not self._wire.send(vm.host, message):
+            raise Blocked([_refused("host_not_ready", f"host {vm.host}", "its NVE is away")])
+        try:
+            async with asyncio.timeout(VM_ORDER_LIMIT_S):
+                failure = await waiting
+        except TimeoutError:
+            failure = f"no answer within {VM_ORDER_LIMIT_S:g} s"
+        finally:
+            self._answers.pop(number, None)
+        if failure is not None:
+            raise Blocked([_refused("failed", f"vm {vm.name}", failure)])
+
+    async def create_vm(self, wish: Vm) -> Vm:
+        """Record it, start it; nothing stays when it cannot start."""
+        vm = await self.authority.create_vm(wish)
+        try:
+            await self._order("start", vm)
+        except Blocked:
+            await self.authority.delete_vm(vm.name)
+            raise
+        await self.authority.vm_state(vm.name, "running")
+        return self.authority.vm(vm.name)
+
+    async def vm_action(self, name: str, action: str) -> Vm:
+        vm = self.authority.vm(name)
+        if vm.move is not None:
+            raise Blocked([_refused("move_in_progress", f"vm {name}", "it is moving")])
+        await self._order(action, vm)
+        state = {"start": "running", "resume": "running", "pause": "paused", "stop": "shutdown"}
+        await self.authority.vm_state(name, state[action])
+        return self.authority.vm(name)
+
+    async def delete_vm(self, name: str) -> None:
+        vm = self.authority.vm(name)
+        if vm.move is None and vm.host in self._wire.hosts():
+            await self._order("stop", vm)
+        await self.authority.delete_vm(name)
+
+    # ------------------------------------------------------------ moves
+
+    async def migrate(self, name: str, to: str, options: Options) -> str:
+        record = await self.authority.begin_move(uuid.uuid4().hex[:12], name, to, options)
+        self.handovers.begin(record)
+        return record.id
+
+    def find_move(self, move_id: str) -> Handover | None:
+        return self._latest.get(move_id) or self.authority.move(move_id)
+
+    def abort(self, move_id: str) -> bool:
+        return self.handovers.abort(move_id, "aborted by the operator")
+
+    def _move_changed(self, record: Handover) -> None:
+        self._latest[record.id] = record
+        condition = self._move_events.get(record.id)
+        if condition is not None:
+            self._later(_notify(condition))
+        if record.phase in ENDED:
+            self._latest.pop(record.id, None)
+
+    async def follow(self, move_id: str) -> AsyncIterator[dict[str, Any]]:
+        """Every state of a move until it has ended."""
+        condition = self._move_events.setdefault(move_id, asyncio.Condition())
+        seen: Handover | None = None
+        while True:
+            record = self.find_move(move_id)
+            if record is None:
+                return
+            if record is not seen:
+                seen = record
+                yield receipt(record) | {"progress": msgspec.to_builtins(record.memory)}
+            if record.phase in ENDED:
+                self._move_events.pop(move_id, None)
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.5), condition:
+                    await condition.wait()
+
+
+async def _notify(condition: asyncio.Condition) -> None:
+    async with condition:
+        condition.notify_all()
+
+
+def _refused(code: str, what: str, why: str) -> Refused:
+    return Refused(code=code, what=what, why=why)
+
+
+def _api_socket(listen: str) -> socket.socket:
+    if listen.startswith("fd:"):
+        return socket.socket(fileno=int(listen[3:]))
+    address, _, port = listen.rpartition(":")
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((address.strip("[]"), int(port)))
+    except OSError as error:
+        sock.close()
+        raise PortFailure(f"cannot listen on {listen}: {error.strerror}") from None
+    return sock

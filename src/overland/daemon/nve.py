@@ -1,0 +1,212 @@
+"""The NVE daemon: kernel, hypervisor, handovers and the link to the NVA in one loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from pyroute2 import AsyncIPRoute
+
+from overland.config import NveConfig
+from overland.dataplane.gates import Gates
+from overland.dataplane.handover import LinuxHandoverPath
+from overland.dataplane.linux import LinuxKernel
+from overland.dataplane.nftables import Nftables
+from overland.dataplane.preflight import blockers, underlay_mtu
+from overland.dataplane.tap import TapTable
+from overland.hypervisor.qemu import QemuHypervisor
+from overland.mobility.messages import AnyReport
+from overland.model.cluster import Host, Vm
+from overland.model.names import port_name
+from overland.model.nve import NveIntent, VnIntent
+from overland.nve.agent import Agent
+from overland.nve.handovers import Handovers
+from overland.ports import PortFailure
+from overland.wire import messages as w
+from overland.wire import tls
+from overland.wire.client import WireClient
+
+log = logging.getLogger(__name__)
+
+
+class Nve:
+    """One host's edge."""
+
+    def __init__(self, config: NveConfig, ip: AsyncIPRoute) -> None:
+        self._config = config
+        taps = TapTable()
+        gates = Gates(ip)
+        nft = Nftables()
+        nft.ensure()
+        self._taps = taps
+        self._hypervisor = QemuHypervisor(Path(config.run_dir), taps, config.qemu)
+        self._agent = Agent(LinuxKernel(ip, nft, gates, taps, config.hold_frames))
+        self._handovers = Handovers(
+            config.host,
+            self._hypervisor,
+            LinuxHandoverPath(ip, gates, taps),
+            self._agent,
+            self._say,
+            config.hold_frames,
+        )
+        self._host = Host(name=config.host)
+        self._vns: dict[str, VnIntent] = {}
+        self._known: dict[str, int] = {}
+        self._states: dict[str, str] = {}
+        self._pushes: asyncio.Queue[w.VnPush] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        context = tls.context(
+            Path(config.tls.ca), Path(config.tls.certificate), Path(config.tls.key), server=False
+        )
+        self._link = WireClient(config.nva, context, self._hello, self._heard)
+
+    async def run(self) -> None:
+        for name in await self._hypervisor.find():
+            self._states[name] = await self._hypervisor.state(name) or "crashed"
+        self._host = await self._facts()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._agent.run())
+            group.create_task(self._apply())
+            group.create_task(self._watch())
+            group.create_task(self._link.run())
+
+    async def _facts(self) -> Host:
+        config = self._config
+        host = Host(
+            name=config.host,
+            underlay_ipv4=config.underlay_ipv4,
+            underlay_ipv6=config.underlay_ipv6,
+            underlay_mtu=await underlay_mtu(config.underlay_ipv4 or config.underlay_ipv6),
+            memory_total_mib=config.memory_mib or _memory_mib(),
+            blockers=tuple(blockers()),
+        )
+        try:
+            facts = await self._hypervisor.facts()
+        except PortFailure as failure:
+            return msgspec.structs.replace(host, blockers=(*host.blockers, str(failure)))
+        if facts.notice:
+            log.warning("%s", facts.notice)
+        return msgspec.structs.replace(
+            host,
+            accelerator=facts.accelerator,
+            hypervisor_version=facts.version,
+            machine_types=facts.machine_types,
+            cpu_models=facts.cpu_models,
+        )
+
+    # ------------------------------------------------------------ the link
+
+    def _hello(self) -> w.Hello:
+        return w.Hello(
+            protocol=w.PROTOCOL, host=self._host, known=dict(self._known), vms=dict(self._states)
+        )
+
+    def _say(self, report: AnyReport) -> None:
+        self._link.send(w.MoveReport(report=report))
+
+    def _heard(self, message: w.FromNva) -> None:
+        match message:
+            case w.VnPush():
+                self._pushes.put_nowait(message)
+            case w.MoveOrder(order=order):
+                self._handovers.order(order)
+            case w.VmOrder():
+                self._later(self._vm_order(message))
+            case w.Unsupported(why=why):
+                log.warning("NVA does not understand: %s", why)
+            case w.Welcome() | w.Answer():
+                pass
+
+    def _later(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _apply(self) -> None:
+        """Bring each push into the kernel, then acknowledge it (HO-12)."""
+        while True:
+            push = await self._pushes.get()
+            if push.revision <= self._known.get(push.network, 0):
+                continue
+            if push.intent is None:
+                self._vns.pop(push.network, None)
+            else:
+                self._vns[push.network] = push.intent
+            for name in await self._hypervisor.names():
+                self._adopt(name, push.intent)
+            intent = NveIntent(vns=tuple(self._vns[name] for name in sorted(self._vns)))
+            try:
+                failures = tuple(failure.why for failure in await self._agent.want(intent))
+            except PortFailure as failure:
+                failures = (str(failure),)
+            self._known[push.network] = push.revision
+            self._link.send(
+                w.Ack(
+                    network=push.network,
+                    revision=push.revision,
+                    versions=push.versions,
+                    failures=failures,
+                )
+            )
+
+    def _adopt(self, vm: str, intent: VnIntent | None) -> None:
+        """After a restart: take back a descriptor of each tap that a living VM has."""
+        for tsi in intent.tsis if intent is not None else ():
+            if tsi.owner == vm and tsi.kind == "tap":
+                try:
+                    self._hypervisor.adopt(vm, port_name(vm, tsi.index))
+                except PortFailure as failure:
+                    log.warning("%s", failure)
+
+    # ------------------------------------------------------------ VMs
+
+    async def _vm_order(self, order: w.VmOrder) -> None:
+        failure = None
+        try:
+            await self._vm_do(order.action, order.vm)
+        except PortFailure as error:
+            failure = str(error)
+        self._link.send(w.VmAnswer(id=order.id, failure=failure))
+
+    async def _vm_do(self, action: str, vm: Vm) -> None:
+        ports = [port_name(vm.name, index) for index in range(len(vm.interfaces))]
+        does: dict[str, Callable[[], Awaitable[Any]]] = {
+            "start": lambda: self._hypervisor.start(vm, ports),
+            "pause": lambda: self._hypervisor.pause(vm.name),
+            "resume": lambda: self._hypervisor.resume(vm.name),
+            "stop": lambda: self._hypervisor.stop(vm.name),
+        }
+        if action == "start":
+            for port in ports:
+                await self._agent.ready(port)
+        await does[action]()
+        states = {"start": "running", "pause": "paused", "resume": "running"}
+        if action in states:
+            self._states[vm.name] = states[action]
+        else:
+            self._states.pop(vm.name, None)
+
+    async def _watch(self) -> None:
+        """Tell what the hypervisor itself says of its VMs."""
+        async for name, state in self._hypervisor.events():
+            self._states[name] = state
+            if state == "crashed":
+                self._handovers.vm_died(name, "QEMU ended")
+                if not self._handovers.holds(name):
+                    self._states.pop(name, None)
+                    self._link.send(w.VmReport(vm=name, state=state, reason="QEMU ended"))
+
+
+async def run_nve(config: NveConfig) -> None:
+    """Run until killed. PortFailure when this host cannot be an NVE at all."""
+    async with AsyncIPRoute() as ip:
+        await Nve(config, ip).run()
+
+
+def _memory_mib() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20

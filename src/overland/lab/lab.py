@@ -1,0 +1,213 @@
+"""Bring a lab up and take it down: namespaces, certificates, configs, and the real daemons.
+
+Nothing outside the lab's own namespaces is touched: the API's socket is opened here, on loopback,
+and inherited by the NVA. Down needs no memory: namespaces are known by name, processes by running
+inside them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from overland.lab.topology import UNDERLAY_MTU, WIRE_PORT, LabHost, Topology
+from overland.wire import tls
+
+READY_LIMIT_S = 60.0
+NETNS = Path("/run/netns")
+
+
+class LabFailure(Exception):
+    """The lab cannot be; one line for a person."""
+
+
+def _ip(*lines: str, namespace: str | None = None) -> None:
+    command = ["ip", *(("-n", namespace) if namespace else ()), "-batch", "-"]
+    done = subprocess.run(
+        command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise LabFailure(f"ip: {done.stderr.strip().splitlines()[0]}")
+
+
+def up(lab: Topology) -> dict[str, Any]:
+    """Make the lab; returns its state when every host is ready. Nothing stays after a failure."""
+    if os.geteuid() != 0:
+        raise LabFailure("a lab makes network namespaces: run as root")
+    if (NETNS / lab.underlay).exists():
+        raise LabFailure(f"lab {lab.name} is up already: `overland lab down` first")
+    try:
+        shutil.rmtree(lab.folder, ignore_errors=True)
+        lab.folder.mkdir(parents=True)
+        _namespaces(lab)
+        _certificates(lab)
+        port = _start(lab)
+        state: dict[str, Any] = {"name": lab.name, "api": f"http://127.0.0.1:{port}"}
+        (lab.folder / "state.json").write_text(json.dumps(state))
+        _wait_ready(lab, state["api"])
+    except BaseException:
+        down(lab.name, lab.folder, keep_logs=True)
+        raise
+    return state
+
+
+def _namespaces(lab: Topology) -> None:
+    _ip(f"netns add {lab.underlay}")
+    _ip(
+        "link add br0 type bridge stp_state 0 mcast_snooping 0",
+        f"link set br0 mtu {UNDERLAY_MTU} up",
+        "link set lo up",
+        namespace=lab.underlay,
+    )
+    for index, host in enumerate((lab.nva, *lab.hosts)):
+        _ip(f"netns add {host.namespace}")
+        _ip(
+            f"link add u{index} mtu {UNDERLAY_MTU} type veth peer name underlay "
+            f"mtu {UNDERLAY_MTU} netns {host.namespace}",
+            f"link set u{index} master br0 up",
+            namespace=lab.underlay,
+        )
+        _ip(
+            "link set lo up",
+            "link set underlay up",
+            f"addr add {host.underlay_ipv4}/24 dev underlay",
+            f"addr add {host.underlay_ipv6}/64 dev underlay nodad",
+            namespace=host.namespace,
+        )
+
+
+def _certificates(lab: Topology) -> None:
+    folder = lab.folder / "certs"
+    tls.create_authority(folder)
+    tls.issue(folder, "nva", "nva", [lab.nva.underlay_ipv4, lab.nva.underlay_ipv6])
+    for host in lab.hosts:
+        tls.issue(folder, host.name, f"nve:{host.name}", [host.underlay_ipv4, host.underlay_ipv6])
+
+
+def _tls_section(lab: Topology, name: str) -> str:
+    folder = lab.folder / "certs"
+    return (
+        f'[tls]\nca = "{folder}/ca.crt"\n'
+        f'certificate = "{folder}/{name}.crt"\nkey = "{folder}/{name}.key"\n'
+    )
+
+
+def nve_config(lab: Topology, host: LabHost) -> Path:
+    """Write and return the config file of one host's NVE."""
+    path = lab.folder / f"{host.name}.toml"
+    path.write_text(
+        f'host = "{host.name}"\n'
+        f'nva = ["wss://{lab.nva.underlay_ipv4}:{WIRE_PORT}/"]\n'
+        f'underlay_ipv4 = "{host.underlay_ipv4}"\nunderlay_ipv6 = "{host.underlay_ipv6}"\n'
+        f'run_dir = "{lab.folder}/run/{host.name}"\n'
+        f"memory_mib = 8192\n{_tls_section(lab, host.name)}"
+    )
+    return path
+
+
+def _start(lab: Topology) -> int:
+    config = lab.folder / "nva.toml"
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(128)
+        config.write_text(
+            f'store = "{lab.folder}/nva.db"\napi_listen = "fd:{listener.fileno()}"\n'
+            f'wire_address = "{lab.nva.underlay_ipv4}"\nwire_port = {WIRE_PORT}\n'
+            f"{_tls_section(lab, 'nva')}"
+        )
+        daemon(lab, lab.nva, "nva", config, keep=(listener.fileno(),))
+        port = int(listener.getsockname()[1])
+    for host in lab.hosts:
+        daemon(lab, host, "nve", nve_config(lab, host))
+    return port
+
+
+def daemon(
+    lab: Topology, host: LabHost, role: str, config: Path, keep: tuple[int, ...] = ()
+) -> int:
+    """Start one daemon inside its namespace, in a session of its own; returns its pid."""
+    with (lab.folder / f"{host.name}.log").open("ab") as log:
+        process = subprocess.Popen(
+            [
+                *("nsenter", f"--net={NETNS / host.namespace}"),
+                *(sys.executable, "-m", "overland", role, "run", "--config", str(config)),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=keep,
+            start_new_session=True,
+        )
+    (lab.folder / f"{host.name}.pid").write_text(str(process.pid))
+    return process.pid
+
+
+def get(url: str) -> Any:
+    """GET JSON."""
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        return json.load(answer)
+
+
+def _wait_ready(lab: Topology, api: str) -> None:
+    deadline_s = time.monotonic() + READY_LIMIT_S
+    missing = {host.name for host in lab.hosts}
+    while missing:
+        with contextlib.suppress(OSError, ValueError):
+            hosts = get(f"{api}/v1/hosts")
+            missing -= {host["name"] for host in hosts if host["ready"]}
+        if missing and time.monotonic() > deadline_s:
+            raise LabFailure(
+                f"hosts {', '.join(sorted(missing))} did not get ready; logs in {lab.folder}"
+            )
+        if missing:
+            time.sleep(0.05)
+
+
+def namespaces(name: str) -> list[str]:
+    """The network namespaces of lab `name`."""
+    return sorted(p.name for p in NETNS.glob(f"ovl-{name}-*")) if NETNS.exists() else []
+
+
+def down(name: str, folder: Path, *, keep_logs: bool = False) -> list[str]:
+    """Remove everything of lab `name`, whether it runs or crashed; returns what was there."""
+    found = namespaces(name)
+    for pid in _inside(found):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    _until_gone(found)
+    for namespace in found:
+        _ip(f"netns del {namespace}")
+    if not keep_logs:
+        shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def _until_gone(found: list[str]) -> None:
+    deadline_s = time.monotonic() + 5
+    while _inside(found) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+
+
+def _inside(found: list[str]) -> list[int]:
+    """Processes whose network namespace is one of ours: nobody else's can be in there."""
+    wanted = {os.stat(NETNS / name).st_ino for name in found}
+    pids = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.stat(entry / "ns/net").st_ino in wanted:
+                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
+                if state != "Z":
+                    pids.append(int(entry.name))
+    return pids

@@ -1,0 +1,61 @@
+"""A lab as data: names and addresses of its hosts. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+LABS = Path("/var/lib/overland/labs")
+UNDERLAY_MTU = 1600
+WIRE_PORT = 6640
+
+
+@dataclass(frozen=True, slots=True)
+class LabHost:
+    """One host: a network namespace with one underlay address of each family."""
+
+    name: str
+    namespace: str
+    underlay_ipv4: str
+    underlay_ipv6: str
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """A lab's hosts, the NVA and the underlay that joins them."""
+
+    name: str
+    nva: LabHost
+    hosts: tuple[LabHost, ...]
+
+    @property
+    def underlay(self) -> str:
+        return f"ovl-{self.name}-u"
+
+    @property
+    def folder(self) -> Path:
+        return LABS / self.name
+
+
+def topology(name: str, hosts: int) -> Topology:
+    """The lab `name` with `hosts` hosts; ValueError when that is not possible."""
+    if not 1 <= hosts <= 200:
+        raise ValueError(f"{hosts} hosts: use 1 to 200")
+
+    def host(called: str, number: int) -> LabHost:
+        return LabHost(
+            name=called,
+            namespace=f"ovl-{name}-{called}",
+            underlay_ipv4=f"10.200.0.{number}",
+            underlay_ipv6=f"fd00:200::{number:x}",
+        )
+
+    return Topology(
+        name=name,
+        nva=host("nva", 254),
+        hosts=tuple(host(f"h{number}", number) for number in range(1, hosts + 1)),
+    )
+
+
+def endpoint_namespace(lab: str, endpoint: str) -> str:
+    return f"ovl-{lab}-e-{endpoint}"

@@ -1,0 +1,133 @@
+"""Every message between an NVE and the NVA (spec/wire.md). msgpack maps with a `type` field.
+
+Versioning: `protocol` in Hello and Welcome. A receiver ignores fields it does not know and answers
+a message it does not know with Unsupported; a field is never given another meaning.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from overland.mobility.messages import AnyOrder, AnyReport
+from overland.model.cluster import Host, Mapping, Vm
+from overland.model.nve import VnIntent
+
+PROTOCOL = 1
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of messages."""
+
+
+# ------------------------------------------------------------ NVE -> NVA
+
+
+class Hello(Message, frozen=True, kw_only=True, tag=True):
+    """First on a connection: who is here, and which revision of each VN it has in its kernel."""
+
+    protocol: int
+    host: Host
+    known: dict[str, int]
+    vms: dict[str, str]
+
+
+class Ack(Message, frozen=True, kw_only=True, tag=True):
+    """The kernel has VN `network` as pushed with `revision`; `versions` by VM in it."""
+
+    network: str
+    revision: int
+    versions: dict[str, int] = {}
+    failures: tuple[str, ...] = ()
+
+
+class VmReport(Message, frozen=True, kw_only=True, tag=True):
+    """What the hypervisor says of a VM."""
+
+    vm: str
+    state: str
+    reason: str | None = None
+
+
+class MoveReport(Message, frozen=True, kw_only=True, tag=True):
+    """A handover report (spec/handover.md)."""
+
+    report: AnyReport
+
+
+class VmAnswer(Message, frozen=True, kw_only=True, tag=True):
+    """A VmOrder was carried out, or why not."""
+
+    id: int
+    failure: str | None = None
+
+
+class Query(Message, frozen=True, kw_only=True, tag=True):
+    """Pull on a miss: where is `mac` (or `address`) in VN `network`? (N-05)"""
+
+    id: int
+    network: str
+    mac: str | None = None
+    address: str | None = None
+
+
+# ------------------------------------------------------------ NVA -> NVE
+
+
+class Welcome(Message, frozen=True, kw_only=True, tag=True):
+    """The NVE is known; it counts as alive until `lease_s` after its connection is lost."""
+
+    protocol: int
+    lease_s: float
+
+
+class VnPush(Message, frozen=True, kw_only=True, tag=True):
+    """VN `network` as this NVE must have it. Complete: what is not in it is not there (N-21).
+
+    `versions` are those of the VMs in it, so that an Ack says which commits the kernel has.
+    """
+
+    network: str
+    revision: int
+    intent: VnIntent | None
+    versions: dict[str, int]
+
+
+class MoveOrder(Message, frozen=True, kw_only=True, tag=True):
+    """A handover order (spec/handover.md)."""
+
+    order: AnyOrder
+
+
+class VmOrder(Message, frozen=True, kw_only=True, tag=True):
+    """Start, pause, resume or stop a VM; answered by VmAnswer with the same `id`."""
+
+    id: int
+    action: Literal["start", "pause", "resume", "stop"]
+    vm: Vm
+
+
+class Answer(Message, frozen=True, kw_only=True, tag=True):
+    """To a Query. Without a mapping it is a negative answer (N-18) for `lifetime_100ms`.
+
+    An address that appears later is pushed to whoever is in the VN, which withdraws the negative.
+    """
+
+    id: int
+    mapping: Mapping | None
+    lifetime_100ms: int
+
+
+class Unsupported(Message, frozen=True, kw_only=True, tag=True):
+    """Either way: the message could not be understood."""
+
+    why: str
+
+
+FromNve = Hello | Ack | VmReport | MoveReport | VmAnswer | Query | Unsupported
+FromNva = Welcome | VnPush | MoveOrder | VmOrder | Answer | Unsupported
+
+encode = msgspec.msgpack.Encoder().encode
+decode_from_nve = msgspec.msgpack.Decoder(FromNve).decode
+decode_from_nva = msgspec.msgpack.Decoder(FromNva).decode
