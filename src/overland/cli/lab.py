@@ -39,7 +39,7 @@ def _topology(name: str, hosts: int) -> Topology:
         raise Failure("lab up", str(error), "usage", exit_code=Exit.USAGE) from None
 
 
-def _state(name: str) -> dict[str, Any]:
+def lab_state(name: str) -> dict[str, Any]:
     path = LABS / name / "state.json"
     if not path.exists():
         raise Failure(f"lab {name}", "it is not up", "lab_down", "`overland lab up`", Exit.REFUSED)
@@ -74,7 +74,7 @@ def down(name: Name = "lab") -> None:
 
 
 def _status(name: str) -> dict[str, Any]:
-    state = _state(name)
+    state = lab_state(name)
     client = Client(state["api"])
     hosts = [
         {
@@ -118,7 +118,7 @@ def execute(context: typer.Context, host: str, name: Name = "lab") -> None:
 @lab.command("guest", context_settings=ANYTHING)
 def in_guest(context: typer.Context, vm: str, name: Name = "lab", timeout: float = 30.0) -> None:
     """Run a command in a VM that runs the lab's guest image; prints its output."""
-    client = Client(_state(name)["api"])
+    client = Client(lab_state(name)["api"])
     host = client.call("GET", f"/v1/vms/{vm}")["host"]
     sock = LABS / name / "run" / host / vm / "console.sock"
     try:
@@ -143,7 +143,7 @@ def endpoint_add(
 ) -> None:
     """Attach a new network namespace to a network, like a VM."""
     namespace = endpoint_namespace(lab_name, name)
-    client = Client(api or _state(lab_name)["api"])
+    client = Client(api or lab_state(lab_name)["api"])
     fresh = not (labs.NETNS / namespace).exists()
     if fresh:
         subprocess.run(["ip", "netns", "add", namespace], check=False, capture_output=True)

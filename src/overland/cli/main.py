@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 import uvloop
+from typer._click.exceptions import ClickException
 
 from overland.cli.client import write_context
 from overland.cli.lab import lab
 from overland.cli.output import Exit, Failure, fail
+from overland.cli.probe import probe
 from overland.cli.records import host, network
 from overland.cli.vm import migration, vm
 from overland.config import ConfigFailure, NvaConfig, NveConfig, load
@@ -35,6 +36,7 @@ for _name, _part in (
     ("vm", vm),
     ("migration", migration),
     ("lab", lab),
+    ("probe", probe),
 ):
     app.add_typer(_part, name=_name)
 
@@ -42,6 +44,8 @@ ConfigFile = Annotated[Path, typer.Option("--config", help="TOML file")]
 
 
 def _logging() -> None:
+    logging.getLogger("picows").setLevel(logging.WARNING)
+    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
 
 
@@ -92,9 +96,9 @@ def main() -> None:
         fail(Failure("config", str(failure), "config", exit_code=Exit.USAGE))
     except PortFailure as failure:
         fail(Failure("daemon", str(failure), "failed"))
-    except click.ClickException as error:
+    except ClickException as error:
         fail(Failure("usage", error.format_message(), "usage", "see --help", Exit.USAGE))
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except OSError as error:
         fail(Failure(error.filename or "system", error.strerror or str(error), "system"))

@@ -55,3 +55,14 @@ def silence(name: str) -> None:
     path = Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6")
     if path.exists():
         path.write_text("1")
+
+
+def answer_only(name: str) -> None:
+    """Let the kernel hold IPv6 neighbours on bridge `name`, to answer ND, but no address.
+
+    Without an address it has nothing of its own to say (net/ipv6/addrconf.c, addr_gen_mode none).
+    """
+    folder = Path(f"/proc/sys/net/ipv6/conf/{name}")
+    if folder.exists():
+        (folder / "addr_gen_mode").write_text("1")
+        (folder / "accept_ra").write_text("0")

@@ -16,7 +16,7 @@ from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from overland.dataplane import endpoint
-from overland.dataplane.devices import interface_index, silence
+from overland.dataplane.devices import answer_only, interface_index, silence
 from overland.dataplane.gates import Gates
 from overland.dataplane.nftables import Nftables
 from overland.dataplane.tap import TapTable
@@ -179,7 +179,10 @@ class LinuxKernel:
         except NetlinkError as error:
             if error.code not in _ALREADY:
                 raise
-        silence(link.name)
+        if link.kind == "bridge":
+            answer_only(link.name)
+        else:
+            silence(link.name)
         index = interface_index(link.name)
         wanted: dict[str, Any] = {"ifalias": link.alias, "mtu": link.mtu}
         if link.master is not None:

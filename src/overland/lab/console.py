@@ -13,22 +13,41 @@ class ConsoleFailure(Exception):
     """The guest does not answer; one line for a person."""
 
 
+GREETING_S = 1.0
+
+
 async def run(sock: Path, command: str, timeout_s: float) -> tuple[int, bytes]:
     """Run shell `command` in the guest; returns its exit code and output."""
-    number = secrets.token_hex(4)
-    line = f"RUN {number} {base64.b64encode(command.encode()).decode()}\n"
     try:
         async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_unix_connection(str(sock))
             try:
-                writer.write(line.encode())
-                return await _answer(reader, number)
+                await _greet(reader, writer)
+                return await _answer(reader, _ask(writer, command))
             finally:
                 writer.close()
     except TimeoutError:
         raise ConsoleFailure(f"the guest did not answer within {timeout_s:g} s") from None
     except OSError as error:
         raise ConsoleFailure(f"no console at {sock}: {error.strerror}") from None
+
+
+async def _greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Ask for nothing until an answer comes: a guest that still boots hears nothing."""
+    while True:
+        number = _ask(writer, "true")
+        try:
+            async with asyncio.timeout(GREETING_S):
+                await _answer(reader, number)
+                return
+        except TimeoutError:
+            continue
+
+
+def _ask(writer: asyncio.StreamWriter, command: str) -> str:
+    number = secrets.token_hex(4)
+    writer.write(f"RUN {number} {base64.b64encode(command.encode()).decode()}\n".encode())
+    return number
 
 
 async def _answer(reader: asyncio.StreamReader, number: str) -> tuple[int, bytes]:

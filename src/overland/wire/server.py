@@ -16,8 +16,8 @@ from picows import WSFrame, WSListener, WSMsgType, WSTransport, ws_create_server
 from overland.wire import messages as w
 from overland.wire.tls import common_name
 
-IDLE_S, REPLY_S = 1.0, 2.0
-"""A silent connection is asked after a second and given up two seconds later."""
+IDLE_S, REPLY_S = 2.0, 2.0
+"""A silent connection is asked after two seconds and given up two seconds later."""
 
 log = logging.getLogger(__name__)
 
