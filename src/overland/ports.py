@@ -53,12 +53,18 @@ class Kernel(Protocol):
 
 
 class GateCounters(Record, frozen=True, kw_only=True):
-    """What passed one gate since it was armed. Times are CLOCK_REALTIME in ns, 0 if never."""
+    """What passed one gate since it was armed. Times are CLOCK_REALTIME in ns, 0 if never.
+
+    `dropped`: copies of broadcasts that another path delivers. `overflowed`: the hold queue was
+    full. `ring_full`: the port's own ring was full since the port was made.
+    """
 
     passed: int = 0
     held: int = 0
     redirected: int = 0
     dropped: int = 0
+    overflowed: int = 0
+    ring_full: int = 0
     first_redirected_ns: int = 0
     last_redirected_ns: int = 0
     first_passed_ns: int = 0
@@ -86,8 +92,11 @@ class HandoverPath(Protocol):
     queue is empty frames go straight to the target, decided in the kernel, so order is kept).
     """
 
-    async def open_tunnel(self, port: str, tunnel: Tunnel) -> None:
-        """Make the tunnel; what comes out of it goes to `port`'s queue and nowhere else."""
+    async def open_tunnel(self, port: str, tunnel: Tunnel, *, home: bool) -> None:
+        """Make the tunnel; what comes out of it goes to `port` and nowhere else.
+
+        With `home` (old NVE) past its gate, else (new NVE) it waits there like all other frames.
+        """
         ...
 
     async def close_tunnel(self, port: str, tunnel: Tunnel) -> None:
@@ -99,11 +108,14 @@ class HandoverPath(Protocol):
         ...
 
     async def quiet_port(self, port: str) -> None:
-        """Let only unicast frames and tunnelled ones reach `port` (new NVE before commit)."""
+        """Hold all that comes for `port`: unicast, and tunnelled broadcast (new NVE, till RESUME).
+
+        QEMU must not see a frame before its VM runs: the first it reads early is lost.
+        """
         ...
 
     async def open_port(self, port: str) -> None:
-        """Let everything reach `port` again (new NVE at commit)."""
+        """Deliver what was held, in order, then let everything flow (new NVE after RESUME)."""
         ...
 
     async def hold_port(self, port: str) -> int:
@@ -139,6 +151,14 @@ class HandoverPath(Protocol):
         changes the entry, releases. With `port` they go to that local port instead (the new NVE
         itself). When no answer comes within `timeout_s` it goes on without: then order is
         not proved, and KernelFailure is raised after the release.
+        """
+        ...
+
+    async def turn(self, device: str, mac: str, port: str, remote: str | None) -> None:
+        """The old NVE's own tenants: frames to `mac` leave by `device` to NVE `remote`.
+
+        With None they go to local `port` again. Both ways lead over the same underlay, so order
+        needs no marker.
         """
         ...
 
@@ -199,10 +219,14 @@ class Hypervisor(Protocol):
         ...
 
     async def send(self, vm: str, uri: str, bandwidth_bytes_per_s: int | None) -> None:
-        """Begin to send; the VM keeps running and never stops of its own accord."""
+        """Begin to send; the VM keeps running until `finish`, or until nothing is left to send."""
         ...
 
     async def transfer(self, vm: str) -> Transfer: ...
+
+    async def progressed(self, vm: str, passes: int, timeout_s: float) -> None:
+        """Return when more than `passes` rounds over memory were begun, or at the timeout."""
+        ...
 
     async def finish(self, vm: str) -> int:
         """Stop the VM and let the transfer complete. Returns the STOP event's time (ns).

@@ -46,7 +46,10 @@ from overland.ports import GateCounters, KernelFailure
 GateKind = Literal["port", "peer"]
 
 MARK = 0x6F766C64
-"""skb->mark of frames that our own daemon or tunnel sends: gates let them by."""
+"""skb->mark of frames that our own daemon sends, or the tunnel home: gates let them by."""
+
+TUNNEL_MARK = MARK + 1
+"""skb->mark of frames that the tunnel brings to the new NVE: they wait like all others."""
 
 PATH_FRAME = 0x88B5
 """EtherType of our path frames (IEEE 802 local experimental 1): never for a tenant."""
@@ -67,7 +70,7 @@ _KEY_BYTES = 8
 _ENTRIES = 4096
 
 CLSACT_INGRESS, CLSACT_EGRESS = 0xFFFFFFF2, 0xFFFFFFF3
-_ALL_PROTOCOLS = 0x0300
+_ALL_PROTOCOLS = 0x0003
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +102,7 @@ def gate_program(kind: GateKind, control_fd: int, counters_fd: int) -> bytes:
     code = Code()
     code.alu_reg("mov", R6, R1)
     code.load(W, R7, R6, _SKB_MARK)
+    code.store(W, R10, -16, R7)
     code.load(W, R2, R6, _SKB_DATA)
     code.load(W, R3, R6, _SKB_DATA_END)
     code.alu_reg("mov", R4, R2)
@@ -127,16 +131,20 @@ def gate_program(kind: GateKind, control_fd: int, counters_fd: int) -> bytes:
     code.label("pass")
     if kind == "port":
         _drop_path_frames(code)
-    code.jump("eq", R9, 0, "count_passed")
-    code.load(W, R1, R8, 12)
-    code.jump("set", R1, UNICAST_ONLY, "drop")
-    code.label("count_passed")
+    code.load(W, R1, R10, -16)
+    code.jump("eq", R1, TUNNEL_MARK, "pass_uncounted")
     _count(code, _PASSED)
     _stamp(code, _FIRST_PASSED, _LAST_PASSED, "passed")
     code.alu("mov", R0, _TC_OK)
     code.exit()
 
     code.label("hold")
+    code.jump("eq", R9, 0, "do_hold")
+    code.load(W, R1, R10, -16)
+    code.jump("eq", R1, TUNNEL_MARK, "do_hold")
+    code.load(W, R1, R8, 12)
+    code.jump("set", R1, UNICAST_ONLY, "drop")
+    code.label("do_hold")
     _count(code, _HELD)
     code.label("to_hold")
     code.load(W, R1, R8, 8)
@@ -188,12 +196,12 @@ def filter_program() -> bytes:
     return code.assemble()
 
 
-def tunnel_program(port_index: int) -> bytes:
+def tunnel_program(port_index: int, mark: int) -> bytes:
     """At the ingress of a handover tunnel: everything goes to one port, path frames end here."""
     code = Code()
     code.alu_reg("mov", R6, R1)
     _drop_path_frames(code)
-    code.alu("mov", R1, MARK)
+    code.alu("mov", R1, mark)
     code.store(W, R6, _SKB_MARK, R1)
     code.alu("mov", R1, port_index)
     _redirect(code)

@@ -42,10 +42,12 @@ class Gates:
             raise KernelFailure(f"gate at {device}: {error}") from None
         return self._gates[index]
 
-    async def to_port(self, tunnel: str, port: str) -> None:
+    async def to_port(self, tunnel: str, port: str, mark: int) -> None:
         """Send everything that comes out of `tunnel` to `port`, and nowhere else."""
         index = interface_index(tunnel)
-        program = bpf.load_classifier(gate.tunnel_program(interface_index(port)), "overland_tunnel")
+        program = bpf.load_classifier(
+            gate.tunnel_program(interface_index(port), mark), "overland_tunnel"
+        )
         try:
             await self._clsact(index)
             if await gate.attached_program(self._ip, index, CLSACT_INGRESS) is None:

@@ -19,7 +19,17 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from overland.dataplane import pathframe
 from overland.dataplane.devices import device_counts, interface_index, silence
-from overland.dataplane.gate import DROP_BROADCAST, FLOW, HOLD, PASS, UNICAST_ONLY, Control, Gate
+from overland.dataplane.gate import (
+    DROP_BROADCAST,
+    FLOW,
+    HOLD,
+    MARK,
+    PASS,
+    TUNNEL_MARK,
+    UNICAST_ONLY,
+    Control,
+    Gate,
+)
 from overland.dataplane.gates import Gates
 from overland.dataplane.hold import HoldQueue, Injector, rescue
 from overland.dataplane.tap import TapTable, ring_empty
@@ -74,7 +84,7 @@ class LinuxHandoverPath:
 
     # ------------------------------------------------------------ tunnel
 
-    async def open_tunnel(self, port: str, tunnel: Tunnel) -> None:
+    async def open_tunnel(self, port: str, tunnel: Tunnel, *, home: bool) -> None:
         name = tunnel_name(tunnel.number)
         family = "6" if ":" in tunnel.remote else ""
         try:
@@ -94,7 +104,7 @@ class LinuxHandoverPath:
                 raise KernelFailure(f"tunnel to {tunnel.remote}: {error}") from None
         silence(name)
         await self._set_link(name, ifalias=mark("tunnel", port))
-        await self._gates.to_port(name, port)
+        await self._gates.to_port(name, port, MARK if home else TUNNEL_MARK)
         self._respond_on(name)
         await self._set_link(name, state="up")
 
@@ -116,13 +126,12 @@ class LinuxHandoverPath:
 
     async def quiet_port(self, port: str) -> None:
         gate = await self._gates.ensure(port, "port")
-        now = gate.control(None) or Control()
-        gate.arm(None, Control(hold=now.hold, flags=UNICAST_ONLY))
+        gate.change(None, mode=HOLD, flags=UNICAST_ONLY)
 
     async def open_port(self, port: str) -> None:
         gate = await self._gates.ensure(port, "port")
-        if gate.control(None) is not None:
-            gate.change(None, flags=0)
+        gate.change(None, flags=0)
+        await self._release(port, None, gate, Injector(port), 0, path_frames=False)
 
     async def hold_port(self, port: str) -> int:
         gate = await self._gates.ensure(port, "port")
@@ -200,11 +209,21 @@ class LinuxHandoverPath:
             await self._release(device, mac, gate, Injector(device), 0, path_frames=True)
         else:
             target = interface_index(port)
-            await self._release(device, mac, gate, Injector(port), target, path_frames=False)
+            # Unmarked: at the port's own gate they take their turn among all that waits there.
+            queue = Injector(port, mark=0)
+            await self._release(device, mac, gate, queue, target, path_frames=False)
             await self._local(bridge_name(vni_of(device)), mac, port)
         if not proved:
             raise KernelFailure(f"no marker came back from {remote}: order is not proved")
         return time.monotonic() - began_s
+
+    async def turn(self, device: str, mac: str, port: str, remote: str | None) -> None:
+        bridge = bridge_name(vni_of(device))
+        if remote is None:
+            await self._local(bridge, mac, port)
+        else:
+            await self._entry(device, mac, remote)
+            await self._local(bridge, mac, device)
 
     async def disarm_peer(self, device: str, mac: str) -> None:
         try:
@@ -259,7 +278,10 @@ class LinuxHandoverPath:
         path_frames: bool,
     ) -> None:
         """Send on what waits, let frames flow, and go on sending whatever still comes to wait."""
-        waiting = self._waiting[device, mac]
+        waiting = self._waiting.get((device, mac))
+        if waiting is None:
+            injector.close()
+            raise KernelFailure(f"the gate at {device} was taken down meanwhile")
         waiting.injector = injector
         waiting.path_frames = path_frames
         waiting.forward()
@@ -295,12 +317,13 @@ class LinuxHandoverPath:
         gate = await self._gates.ensure(device, "port" if kind == "port" else "peer")
         counters = gate.counters(mac)
         waiting = self._waiting.get((device, mac))
-        dropped = counters.dropped + (waiting.queue.overflowed() if waiting else 0)
         return GateCounters(
             passed=counters.passed,
             held=counters.held,
             redirected=counters.redirected,
-            dropped=dropped,
+            dropped=counters.dropped,
+            overflowed=waiting.queue.overflowed() if waiting else 0,
+            ring_full=device_counts(device).send_drops if kind == "port" else 0,
             first_redirected_ns=counters.first_redirected_ns,
             last_redirected_ns=counters.last_redirected_ns,
             first_passed_ns=counters.first_passed_ns,

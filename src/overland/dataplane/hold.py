@@ -25,13 +25,13 @@ _PATIENCE_S = 0.5
 
 
 class Injector:
-    """Sends frames out of one device past its gate (they carry our mark)."""
+    """Sends frames out of one device, past its gate unless `mark` is 0."""
 
-    def __init__(self, device: str, *, vnet_header: bool = False) -> None:
+    def __init__(self, device: str, *, vnet_header: bool = False, mark: int = MARK) -> None:
         self._vnet_header = vnet_header
         self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
         try:
-            self._sock.setsockopt(socket.SOL_SOCKET, _SO_MARK, MARK)
+            self._sock.setsockopt(socket.SOL_SOCKET, _SO_MARK, mark)
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 24)
             if vnet_header:
                 self._sock.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)

@@ -10,6 +10,9 @@ IMPATIENT_AFTER_PASSES = 6
 GOAL_STOP_S = 0.02
 """Expected time to send what remains, for which a few more rounds are worth waiting."""
 
+LAST_PART = 0.1
+"""Of a single round: what may be left when the gate closes ahead of the stop."""
+
 
 def expected_stop_s(transfer: Transfer) -> float:
     """Seconds to send what remains at the present rate; infinite while nothing is known."""
@@ -26,6 +29,8 @@ def converged(transfer: Transfer, options: Options) -> bool:
     """
     if transfer.status == "completed":
         return True
+    if transfer.single_round and transfer.status == "active":
+        return 0 < transfer.remaining_bytes <= transfer.total_bytes * LAST_PART
     if transfer.status != "active" or transfer.passes < 2:
         return False
     limit_s = options.max_downtime_ms / 1000

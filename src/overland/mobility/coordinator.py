@@ -108,7 +108,7 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
         case Digested():
             return _digested(record, event, now_ns, now_s)
         case Steered(nve=nve, at_ns=at_ns):
-            return _steered(record, nve, at_ns, now_s)
+            return _steered(record, nve, at_ns, now_s, now_ns)
         case Committed():
             return _committed(record, event, now_ns)
         case Running():
@@ -195,7 +195,10 @@ def _failing(
     match event:
         case Failed(nve=nve, step=step_name, why=why):
             if step_name == "steer" and record.phase == "aborting":
-                return _steered(record, nve, now_ns, now_s)
+                return _steered(record, nve, now_ns, now_s, now_ns)
+            if step_name == "steer" and nve == record.new_nve:
+                # It has turned all the same; only the proof of order is missing.
+                return _steered(record, nve, now_ns, now_s, now_ns)
             if step_name == "steer":
                 # Order at one peer is not proved; the commit's push still moves it over.
                 return record, ()
@@ -245,21 +248,23 @@ def _stopped(record: Handover, event: Stopped, now_s: float, now_ns: int) -> Ste
         packets=msgspec.structs.replace(record.packets, rescued=event.rescued),
         deadline_s=now_s + STOPPED_LIMIT_S,
     )
-    steer = Steer(move=record.id)
-    effects: tuple[CoordinatorEffect, ...] = tuple(
-        _tell(nve, steer) for nve in (*record.peers, record.new_nve)
-    )
-    if record.equal_ns:  # the new NVE's word came first
-        record, more = _equal(record, now_ns)
-        effects += more
+    # The new NVE first: until its own tables lead to the port, nobody may send there directly.
+    effects: tuple[CoordinatorEffect, ...] = (_tell(record.new_nve, Steer(move=record.id)),)
     return record, effects
 
 
 def _received(record: Handover, at_ns: int, now_ns: int) -> Step:
     if record.phase not in ("precopy", "paused") or record.equal_ns:
         return record, ()
-    record = msgspec.structs.replace(record, equal_ns=at_ns)
-    return _equal(record, now_ns) if record.phase == "paused" else (record, ())
+    return _equal_if_ready(msgspec.structs.replace(record, equal_ns=at_ns), now_ns)
+
+
+def _equal_if_ready(record: Handover, now_ns: int) -> Step:
+    """The copy is whole and the new NVE's own tables lead to it: only then may others be told."""
+    ready = record.phase == "paused" and record.equal_ns
+    if ready and record.new_nve in _names(record.steered):
+        return _equal(record, now_ns)
+    return record, ()
 
 
 def _equal(record: Handover, now_ns: int) -> Step:
@@ -286,14 +291,24 @@ def _digested(record: Handover, event: Digested, now_ns: int, now_s: float) -> S
     return record, (_commit(record),)
 
 
-def _steered(record: Handover, nve: str, at_ns: int, now_s: float) -> Step:
+def _steered(record: Handover, nve: str, at_ns: int, now_s: float, now_ns: int) -> Step:
     if record.phase == "aborting":
         turning = record.restored and not record.closing and nve in record.waiting
         return _turned_back(record, nve, now_s) if turning else (record, ())
-    if nve in _names(record.steered):
+    if nve in _names(record.steered) or not record.stop_ns:
         return record, ()
     seen = Acknowledgement(nve=nve, at_ns=at_ns)
-    return msgspec.structs.replace(record, steered=(*record.steered, seen)), ()
+    record = msgspec.structs.replace(record, steered=(*record.steered, seen))
+    if nve != record.new_nve:
+        return record, ()
+    others = _steer_others(record)
+    record, effects = _equal_if_ready(record, now_ns)
+    return record, others + effects
+
+
+def _steer_others(record: Handover) -> tuple[CoordinatorEffect, ...]:
+    steer = Steer(move=record.id)
+    return tuple(_tell(nve, steer) for nve in record.peers)
 
 
 def _committed(record: Handover, event: Committed, now_ns: int) -> Step:

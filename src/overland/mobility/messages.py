@@ -53,7 +53,7 @@ class Force(Order, frozen=True, kw_only=True, tag=True):
 
 
 class Steer(Order, frozen=True, kw_only=True, tag=True):
-    """To a peer or the new NVE: turn the VM's frames to the new NVE (or `back`), in order."""
+    """To any NVE of the move: turn the VM's frames to the new NVE (or `back`), in order."""
 
     back: bool = False
 
@@ -322,8 +322,12 @@ class TakeDigest(Do, frozen=True, kw_only=True, tag=True):
     pass
 
 
+class Unmute(Do, frozen=True, kw_only=True, tag=True):
+    """Let the VM be heard: the TSI is activated."""
+
+
 class OpenPorts(Do, frozen=True, kw_only=True, tag=True):
-    """Unmute and let everything reach the ports: the TSI is activated."""
+    """Deliver what waited for the VM, in order, and let everything flow."""
 
 
 class ResumeVm(Do, frozen=True, kw_only=True, tag=True):

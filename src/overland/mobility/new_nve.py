@@ -45,6 +45,7 @@ from overland.mobility.messages import (
     SteerHere,
     StopCopy,
     TakeDigest,
+    Unmute,
 )
 from overland.mobility.nve import Part, PartStep, to
 
@@ -54,9 +55,9 @@ def begin(part: Part) -> PartStep:
     return to(
         part,
         "arming",
+        ArmPorts(),
         QuietPorts(),
         MakeTunnel(to="old"),
-        ArmPorts(),
         ArmPeers(),
         ReceiveCopy(),
     )
@@ -81,7 +82,7 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             return part, (Say(report=Digested(move=part.move, nve=part.nve, sha256=sha256)),)
         case "whole", Activate(version=version):
             part = msgspec.structs.replace(part, version=version)
-            return to(part, "activating", OpenPorts(), ResumeVm(), Announce())
+            return to(part, "activating", Unmute(), ResumeVm(), OpenPorts(), Announce())
         case "activating", Done(effect="ResumeVm", number=at_ns, packets=packets):
             ran = Running(move=part.move, nve=part.nve, at_ns=at_ns, held=packets.held)
             return to(part, "active", Say(report=ran))

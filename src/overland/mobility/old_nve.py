@@ -42,6 +42,7 @@ from overland.mobility.messages import (
     Retire,
     Say,
     Send,
+    SteerHere,
     StopCopy,
     Stopped,
     TakeDigest,
@@ -77,7 +78,12 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             return part, (TakeDigest(),)
         case "stopped", Retire(version=version):
             part = msgspec.structs.replace(part, retired=True, version=version)
-            return part, (MuteBroadcast(), StopCopy())
+            return part, (MuteBroadcast(),)
+        case "closing", Done(effect="CleanUp", packets=packets) if part.retired:
+            closed = Closed(move=part.move, nve=part.nve, packets=packets, memory=part.memory)
+            return part, (Say(report=closed),)
+        case "closing", Done(effect="StopCopy") | Broken(effect="StopCopy"):
+            return to(part, "closed")
         case "closing", Done(effect="CleanUp", packets=packets):
             said = Closed(move=part.move, nve=part.nve, packets=packets, memory=part.memory)
             return to(part, "closed", Say(report=said))
@@ -90,7 +96,11 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             failed = Failed(move=part.move, nve=part.nve, step=effect, why=why)
             return part, (Say(report=failed),)
         case "armed" | "stopped" | "returned", Close():
-            return to(part, "closing", CleanUp())
+            if not part.retired:
+                return to(part, "closing", CleanUp())
+            # Nobody sends here any more but our own tenants: they turn before the tunnel goes.
+            turn = SteerHere(back=False, local=True)
+            return to(part, "closing", turn, CleanUp(), StopCopy())
         case _:
             return part, ()
 
@@ -150,4 +160,12 @@ def _restore(part: Part) -> PartStep:
         return to(part, "returned", Say(report=Restored(move=part.move, nve=part.nve)))
     if part.held_ns == 0:
         return to(part, "returning", CancelSend(), ResumeVm())
-    return to(part, "returning", CancelSend(), HoldPorts(), ReleaseInto(tunnel=False), ResumeVm())
+    return to(
+        part,
+        "returning",
+        CancelSend(),
+        HoldPorts(),
+        SteerHere(back=True, local=True),
+        ReleaseInto(tunnel=False),
+        ResumeVm(),
+    )

@@ -158,7 +158,10 @@ class Memory(Record, frozen=True, kw_only=True):
 
 
 class Transfer(Record, frozen=True, kw_only=True):
-    """Progress of a running memory transfer. `passes` counts the rounds over memory."""
+    """Progress of a running memory transfer. `passes` counts the rounds over memory.
+
+    `single_round`: the hypervisor stops the VM by itself at the end of the first round.
+    """
 
     status: Literal["setup", "active", "completed", "failed", "cancelled"]
     total_bytes: int = 0
@@ -168,6 +171,7 @@ class Transfer(Record, frozen=True, kw_only=True):
     passes: int = 0
     bandwidth_bytes_per_s: float = 0.0
     dirty_bytes_per_s: float = 0.0
+    single_round: bool = False
     error: str = ""
 
 

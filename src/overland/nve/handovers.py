@@ -24,14 +24,14 @@ from overland.model.names import bridge_name
 from overland.nve.moving import Moving
 from overland.ports import HandoverPath, Hypervisor, PortFailure, Tunnel
 
-WATCH_S = 0.02
+WATCH_S = 0.005
 """How often a running transfer is looked at."""
 
 STEER_LIMIT_S = 1.0
 PROBE_LIMIT_S = 3.0
 COPY_LIMIT_S = 3600.0
 
-_BESIDE = (m.WatchTransfer, m.AwaitCopy, m.SteerHere)
+_BESIDE = (m.WatchTransfer, m.AwaitCopy)
 _MACHINES = {"old": old_nve, "new": new_nve, "peer": peer_nve}
 
 
@@ -130,6 +130,7 @@ class Handovers:
         self._ground.moving(
             frozenset(
                 Moving(
+                    role=running.part.role,
                     mac=port.mac,
                     port=port.port,
                     device=port.device,
@@ -239,15 +240,16 @@ class _Performer:
 
     async def _MakeTunnel(self, _: m.Do) -> None:
         for port in self._part.ports:
-            await self._path.open_tunnel(port.port, self._tunnel(port))
+            home = self._part.role == "old"
+            await self._path.open_tunnel(port.port, self._tunnel(port), home=home)
 
     async def _QuietPorts(self, _: m.Do) -> None:
         for port in self._part.ports:
-            await self._ground.ready(port.port)
             await self._path.quiet_port(port.port)
 
     async def _ArmPorts(self, _: m.Do) -> None:
         for port in self._part.ports:
+            await self._ground.ready(port.port)
             await self._path.arm_port(port.port, self._hold_frames)
 
     async def _ArmPeers(self, _: m.Do) -> None:
@@ -275,7 +277,8 @@ class _Performer:
         await self._hypervisor.send(self._vm, effect.uri, bandwidth)
 
     async def _WatchTransfer(self, _: m.Do) -> m.TransferSeen:
-        await asyncio.sleep(WATCH_S)
+        passes = self._part.memory.rounds
+        await self._hypervisor.progressed(self._vm, passes, WATCH_S)
         return m.TransferSeen(transfer=await self._hypervisor.transfer(self._vm))
 
     async def _HoldPorts(self, _: m.Do) -> m.Done:
@@ -303,6 +306,10 @@ class _Performer:
     async def _SteerHere(self, effect: m.Do) -> m.Done:
         assert isinstance(effect, m.SteerHere)
         for port in self._part.ports:
+            if self._part.role == "old":
+                remote = None if effect.back else port.new
+                await self._path.turn(port.device, port.mac, port.port, remote)
+                continue
             await self._path.steer(
                 port.device,
                 port.mac,
@@ -315,8 +322,10 @@ class _Performer:
     async def _TakeDigest(self, _: m.Do) -> m.Done:
         return m.Done(effect="TakeDigest", text=await self._hypervisor.digest(self._vm))
 
-    async def _OpenPorts(self, _: m.Do) -> None:
+    async def _Unmute(self, _: m.Do) -> None:
         await self._ground.unmute([port.port for port in self._part.ports])
+
+    async def _OpenPorts(self, _: m.Do) -> None:
         for port in self._part.ports:
             await self._path.open_port(port.port)
 
@@ -324,7 +333,7 @@ class _Performer:
         held = 0
         if self._part.role == "new":
             for port in self._part.ports:
-                held += (await self._path.count_port(port.port)).passed
+                held += (await self._path.count_port(port.port)).held
         at_ns = await self._hypervisor.resume(self._vm)
         return m.Done(effect="ResumeVm", number=at_ns, packets=Packets(held=held))
 
@@ -362,9 +371,9 @@ class _Performer:
             return so_far
         gate = await self._path.count_port(port.port)
         dropped = dict(so_far.dropped)
-        if gate.dropped:
-            cause = "hold_full" if self._part.role == "old" else "not_yet_open"
-            dropped[cause] = dropped.get(cause, 0) + gate.dropped
+        for cause, count in (("hold_full", gate.overflowed), ("ring_full", gate.ring_full)):
+            if count:
+                dropped[cause] = dropped.get(cause, 0) + count
         if self._part.role == "new":
             return msgspec.structs.replace(
                 so_far, dropped=dropped, first_direct_ns=gate.first_passed_ns

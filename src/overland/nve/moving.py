@@ -7,6 +7,8 @@ as soon as the intent carries the committed version.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from overland.model.cluster import Record
@@ -16,6 +18,7 @@ from overland.model.nve import KernelState, NveIntent
 class Moving(Record, frozen=True, kw_only=True):
     """One interface under way; `version` is the one the move began with."""
 
+    role: Literal["old", "new", "peer"]
     mac: str
     port: str
     device: str
@@ -35,15 +38,14 @@ def settle(
 
 
 def _superseded(intent: NveIntent, moving: Moving) -> bool:
-    """Tell whether the intent knows of the commit: the MAC is here for good, or newer elsewhere."""
-    for vn in intent.vns:
-        for remote in vn.remotes:
-            if remote.mac == moving.mac:
-                return remote.version > moving.version
-        for tsi in vn.tsis:
-            if tsi.mac == moving.mac:
-                return tsi.state == "activated"
-    return True
+    """Tell whether the intent knows of the commit, or the MAC has no place in it any more."""
+    here = [tsi.state for vn in intent.vns for tsi in vn.tsis if tsi.mac == moving.mac]
+    there = [r.version for vn in intent.vns for r in vn.remotes if r.mac == moving.mac]
+    if moving.role == "new":
+        return "activated" in here or not (here or there)
+    if moving.role == "old":
+        return False  # stale senders still come through here; the handover turns it at its close
+    return any(version > moving.version for version in there) or not there
 
 
 def _keep_port(desired: KernelState, actual: KernelState, moving: Moving) -> KernelState:

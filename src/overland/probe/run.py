@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -144,10 +145,8 @@ def _signal(pid: int, number: int) -> None:
 def _await_end(pid: int) -> None:
     deadline_s = time.monotonic() + 5
     while time.monotonic() < deadline_s:
-        try:
+        with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
-        except ChildProcessError:
-            pass
         if not Path(f"/proc/{pid}").exists():
             return
         time.sleep(0.02)
