@@ -57,7 +57,10 @@ _TO_PHASE: dict[Phase, tuple[m.CoordinatorEvent, ...]] = {
         m.Prepared(move="m1", nve=PEER),
     ),
     "paused": (m.Stopped(move="m1", nve=OLD, held_ns=10, stop_ns=20, rescued=0, memory=Memory()),),
-    "equal": (m.Received(move="m1", nve=NEW, at_ns=30),),
+    "equal": (
+        m.Steered(move="m1", nve=NEW, at_ns=25),
+        m.Received(move="m1", nve=NEW, at_ns=30),
+    ),
     "committed": (m.Committed(version=2, at_ns=40),),
     "converging": (m.Running(move="m1", nve=NEW, at_ns=50, held=3),),
     "drained": tuple(m.Acknowledged(nve=nve, at_ns=60) for nve in (OLD, NEW, PEER)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -100,6 +101,11 @@ def test_no_commit_before_equality() -> None:
                     assert committed(after.phase)
 
 
+def test_no_commit_before_the_new_nve_has_turned_to_its_port() -> None:
+    record, effects = step(in_phase("paused"), m.Received(move="m1", nve=NEW, at_ns=30), 0.0, 1)
+    assert (record.phase, effects) == ("paused", ())
+
+
 @pytest.mark.req("R-09")
 def test_the_straight_way_orders_its_instants() -> None:
     record = in_phase("drained")
@@ -112,6 +118,7 @@ def test_memory_that_differs_at_equality_never_commits() -> None:
     record = in_phase("paused")
     verify = msgspec.structs.replace(record.options, verify=True)
     record = msgspec.structs.replace(record, options=verify)
+    record, _ = step(record, m.Steered(move="m1", nve=NEW, at_ns=25), 0.0, 1)
     record, _ = step(record, m.Received(move="m1", nve=NEW, at_ns=30), 0.0, 1)
     record, _ = step(record, m.Digested(move="m1", nve=OLD, sha256="aa"), 0.0, 1)
     record, effects = step(record, m.Digested(move="m1", nve=NEW, sha256="bb"), 0.0, 1)
@@ -191,7 +198,7 @@ def test_whatever_comes_in_whatever_order_phases_go_only_the_legal_ways(
 ) -> None:
     seen = walk(planned(), events)
     phases = [each.phase for each in seen[-1].phases]
-    for earlier, later in zip(phases, phases[1:], strict=False):
+    for earlier, later in itertools.pairwise(phases):
         assert later in LEGAL[earlier]
     assert not ("committed" in phases and "aborting" in phases)
 

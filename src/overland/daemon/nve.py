@@ -13,6 +13,7 @@ import msgspec
 from pyroute2 import AsyncIPRoute
 
 from overland.config import NveConfig
+from overland.dataplane.announce import announce
 from overland.dataplane.gates import Gates
 from overland.dataplane.handover import LinuxHandoverPath
 from overland.dataplane.linux import LinuxKernel
@@ -45,7 +46,7 @@ class Nve:
         nft.ensure()
         self._taps = taps
         self._hypervisor = QemuHypervisor(Path(config.run_dir), taps, config.qemu)
-        self._agent = Agent(LinuxKernel(ip, nft, gates, taps, config.hold_frames))
+        self._agent = Agent(LinuxKernel(ip, nft, gates, taps, config.hold_frames), announce)
         self._handovers = Handovers(
             config.host,
             self._hypervisor,

@@ -9,6 +9,9 @@ from __future__ import annotations
 import ipaddress
 import socket
 
+from overland.model.handover import MovingPort
+from overland.model.names import bridge_name
+
 ARP, RARP, IPV6 = 0x0806, 0x8035, 0x86DD
 BROADCAST = b"\xff" * 6
 ALL_NODES = ipaddress.IPv6Address("ff02::1")
@@ -74,6 +77,13 @@ def announcements(mac: str, ipv4: str | None, ipv6: str | None) -> list[bytes]:
     if ipv6:
         frames.append(unsolicited_advertisement(mac, ipv6))
     return frames
+
+
+def announce(port: MovingPort) -> None:
+    """Tell the whole VN, and the ports of this host; OSError when a device is gone."""
+    frames = announcements(port.mac, port.ipv4, port.ipv6)
+    for device in (port.device, bridge_name(port.vni)):
+        send(device, frames)
 
 
 def send(device: str, frames: list[bytes]) -> None:

@@ -11,10 +11,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 
-from overland.dataplane import announce
 from overland.model.handover import MovingPort
-from overland.model.names import bridge_name
 from overland.model.nve import KernelState, Muted, NveIntent, Op, OpFailure
 from overland.nve.delta import delta
 from overland.nve.moving import Moving, settle
@@ -32,8 +31,9 @@ log = logging.getLogger(__name__)
 class Agent:
     """Keeps one kernel as its intent says. `sweep` is off until the first whole intent came."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, courtesy: Callable[[MovingPort], None]) -> None:
         self._kernel = kernel
+        self._courtesy = courtesy
         self._intent: NveIntent | None = None
         self._moving: frozenset[Moving] = frozenset()
         self._lock = asyncio.Lock()
@@ -104,9 +104,7 @@ class Agent:
 
     async def announce(self, port: MovingPort) -> None:
         """Tell the VN by broadcast, and the ports of this host."""
-        frames = announce.announcements(port.mac, port.ipv4, port.ipv6)
         try:
-            for device in (port.device, bridge_name(port.vni)):
-                announce.send(device, frames)
+            self._courtesy(port)
         except OSError as error:
             log.warning("announcement of %s not sent: %s", port.mac, error)

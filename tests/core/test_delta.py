@@ -1,0 +1,160 @@
+"""Rendering and diffing: the right state, reached without a hole."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overland.model.nve import (
+    FLOOD,
+    BridgeEntry,
+    Fact,
+    KernelState,
+    Link,
+    Muted,
+    Neighbour,
+    NveIntent,
+    Op,
+    RemoteIntent,
+    TsiIntent,
+    TunnelEntry,
+    VnIntent,
+)
+from overland.nve.delta import delta
+from overland.nve.moving import Moving, settle
+from overland.nve.render import render
+
+MACS = [f"02:00:00:00:00:0{n}" for n in range(1, 6)]
+
+
+def tsi(mac: str, state: str) -> TsiIntent:
+    return TsiIntent(
+        owner=mac,
+        index=0,
+        kind="tap",
+        mac=mac,
+        ipv4=f"10.0.0.{mac[-1]}",
+        state="activated" if state == "activated" else "associated",
+    )
+
+
+def remote(mac: str, nve: str, version: int = 1) -> RemoteIntent:
+    return RemoteIntent(mac=mac, ipv6=f"fd00::{mac[-1]}", nve=nve, version=version)
+
+
+def intent(tsis: list[TsiIntent], remotes: list[RemoteIntent], members: list[str]) -> NveIntent:
+    vn = VnIntent(
+        network="blue",
+        vni=42,
+        mtu=1500,
+        underlay="ipv4",
+        local="192.0.2.1",
+        members=tuple(members),
+        tsis=tuple(tsis),
+        remotes=tuple(remotes),
+    )
+    return NveIntent(vns=(vn,))
+
+
+intents = st.builds(
+    intent,
+    st.lists(
+        st.builds(tsi, st.sampled_from(MACS[:3]), st.sampled_from(["activated", "associated"])),
+        unique_by=lambda each: each.mac,
+    ),
+    st.lists(
+        st.builds(remote, st.sampled_from(MACS), st.sampled_from(["192.0.2.2", "192.0.2.3"])),
+        unique_by=lambda each: each.mac,
+    ),
+    st.lists(st.sampled_from(["192.0.2.2", "192.0.2.3"]), unique=True),
+)
+
+
+def facts(state: KernelState) -> set[Fact]:
+    return {
+        *state.links,
+        *state.bridge_entries,
+        *state.tunnel_entries,
+        *state.neighbours,
+        *state.muted,
+    }
+
+
+def key(fact: Fact) -> object:
+    match fact:
+        case Link(name=name):
+            return name
+        case BridgeEntry(bridge=bridge, mac=mac):
+            return (bridge, mac)
+        case TunnelEntry(device=device, mac=mac, remote=remote):
+            return (device, mac, remote if mac == FLOOD else "")
+        case Neighbour(bridge=bridge, address=address):
+            return (bridge, address)
+        case Muted(port=port):
+            return ("muted", port)
+
+
+def perform(state: set[Fact], ops: tuple[Op, ...]) -> set[Fact]:
+    """A kernel in which putting a fact replaces what stands in its place."""
+    table = {key(fact): fact for fact in state}
+    for op in ops:
+        if op.verb == "put":
+            table[key(op.fact)] = op.fact
+        elif table.get(key(op.fact)) == op.fact:
+            del table[key(op.fact)]
+    return set(table.values())
+
+
+@given(intents, intents)
+def test_the_ops_lead_from_any_state_to_any_other(before: NveIntent, after: NveIntent) -> None:
+    actual, desired = render(before), render(after)
+    assert perform(facts(actual), delta(desired, actual)) == facts(desired)
+    assert delta(desired, desired) == ()
+
+
+@given(intents, intents)
+def test_a_mac_that_stays_reachable_is_reachable_at_every_step(
+    before: NveIntent, after: NveIntent
+) -> None:
+    actual, desired = render(before), render(after)
+    kept = {e.mac for e in actual.bridge_entries} & {e.mac for e in desired.bridge_entries}
+    state = facts(actual)
+    for op in delta(desired, actual):
+        state = perform(state, (op,))
+        assert kept <= {e.mac for e in state if isinstance(e, BridgeEntry)}
+
+
+def test_what_is_only_associated_is_mute_and_still_found_at_the_other_nve() -> None:
+    mac = MACS[0]
+    state = render(intent([tsi(mac, "associated")], [remote(mac, "192.0.2.2")], ["192.0.2.2"]))
+    assert [e.port for e in state.bridge_entries if e.mac == mac] == ["ovx42"]
+    assert len(state.muted) == 1
+
+
+@pytest.mark.req("R-07")
+def test_forwarding_entries_know_no_protocol() -> None:
+    """What carries a frame is its MAC: IPv4, IPv6 and anything else go the same way."""
+    bare = RemoteIntent(mac=MACS[0], nve="192.0.2.2", version=1)
+    state = render(intent([], [bare], ["192.0.2.2"]))
+    assert {e.mac for e in state.bridge_entries} == {MACS[0]}
+    assert state.neighbours == frozenset()
+
+
+def test_a_port_is_mute_before_it_exists() -> None:
+    ops = delta(render(intent([tsi(MACS[0], "associated")], [], [])), KernelState())
+    kinds = [type(op.fact) for op in ops]
+    assert kinds.index(Muted) < kinds.index(Link)
+
+
+@pytest.mark.parametrize(("role", "version", "kept"), [("peer", 1, True), ("peer", 2, False)])
+def test_the_loop_leaves_a_moving_mac_alone_until_the_commit(
+    role: str, version: int, kept: bool
+) -> None:
+    mac = MACS[0]
+    wanted = intent([], [remote(mac, "192.0.2.2", version)], [])
+    steered = render(intent([], [remote(mac, "192.0.2.3")], []))
+    moving = Moving(role="peer", mac=mac, port="ovt1", device="ovx42", bridge="ovb42", version=1)
+    settled = settle(render(wanted), steered, wanted, frozenset({moving}))
+    remotes = {e.remote for e in settled.tunnel_entries if e.mac == mac}
+    assert remotes == ({"192.0.2.3"} if kept else {"192.0.2.2"})
