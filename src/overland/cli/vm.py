@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from overland.cli.client import Client
 from overland.cli.options import Api, Output, spec
 from overland.cli.output import Exit, Failure, Format, show
+from overland.cli.timeline import timeline
 from overland.model.names import parse_duration, parse_size
 
 vm = typer.Typer(no_args_is_help=True, help="Virtual machines.")
@@ -208,6 +210,21 @@ def migration_list(api: Api = None, output: Output = Format.table) -> None:
 def migration_show(move: str, api: Api = None, output: Output = Format.table) -> None:
     """The receipt of a move."""
     show(Client(api).call("GET", f"/v1/migrations/{move}"), output)
+
+
+@migration.command("timeline")
+def migration_timeline(
+    move: str,
+    svg: Annotated[Path, typer.Option(help="where the picture goes")] = Path("timeline.svg"),
+    api: Api = None,
+) -> None:
+    """Draw a move: VM lane and network lanes on one clock."""
+    receipt = Client(api).call("GET", f"/v1/migrations/{move}")
+    try:
+        svg.write_text(timeline(receipt))
+    except ValueError as error:
+        raise Failure(f"migration {move}", str(error), "not_moved", exit_code=3) from None
+    print(svg)
 
 
 @migration.command("watch")
