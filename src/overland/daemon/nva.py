@@ -18,6 +18,7 @@ import uvicorn
 
 from overland.api.rest import create_app
 from overland.config import NvaConfig
+from overland.daemon import run_first
 from overland.mobility.messages import AnyOrder
 from overland.model.cluster import Mapping, Refused, Vm
 from overland.model.handover import ENDED, Handover, Options
@@ -56,6 +57,7 @@ class Domain:
         self._latest: dict[str, Handover] = {}
 
     async def run(self) -> None:
+        run_first()
         config = self._config
         await self.authority.load()
         context = tls.context(

@@ -13,6 +13,7 @@ import msgspec
 from pyroute2 import AsyncIPRoute
 
 from overland.config import NveConfig
+from overland.daemon import run_first
 from overland.dataplane.announce import announce
 from overland.dataplane.gates import Gates
 from overland.dataplane.handover import LinuxHandoverPath
@@ -205,6 +206,7 @@ class Nve:
 
 async def run_nve(config: NveConfig) -> None:
     """Run until killed. PortFailure when this host cannot be an NVE at all."""
+    run_first()
     async with AsyncIPRoute() as ip:
         await Nve(config, ip).run()
 

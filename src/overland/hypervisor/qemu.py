@@ -34,6 +34,7 @@ OLDEST = (7, 2)
 CONNECT_LIMIT_S = 10.0
 STOP_LIMIT_S = 5.0
 UNLIMITED_BYTES_PER_S = 1 << 40
+PACED_BYTES_PER_S = 256 << 20
 UNLIMITED_DOWNTIME_MS = 2_000_000
 PRECOPY_DOWNTIME_MS = 1
 _EVENTS = ("STOP", "RESUME", "MIGRATION", "MIGRATION_PASS", "SHUTDOWN", "GUEST_PANICKED")
@@ -186,6 +187,9 @@ class QemuHypervisor:
                 pass_fds=fds,
                 start_new_session=True,
             )
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            # A guest does not run with the daemon's own priority.
+            os.setpriority(os.PRIO_PROCESS, process.pid, 0)
         (folder / "pid").write_text(f"{process.pid}\n")
         return await self._connect(vm.name, process.pid)
 
@@ -338,7 +342,7 @@ class QemuHypervisor:
         machine.passes = 0
         await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
         parameters = {
-            "max-bandwidth": bandwidth_bytes_per_s or UNLIMITED_BYTES_PER_S,
+            "max-bandwidth": bandwidth_bytes_per_s or await self._rate(),
             "downtime-limit": 0 if await self._single_round() else PRECOPY_DOWNTIME_MS,
         }
         await self._do(machine, "migrate-set-parameters", **parameters)
@@ -352,6 +356,10 @@ class QemuHypervisor:
             return Transfer(status="setup")
         transfer = _transfer(said)
         return msgspec.structs.replace(transfer, single_round=await self._single_round())
+
+    async def _rate(self) -> int:
+        """A single round is paced, so that its end is seen coming and the gate closes before."""
+        return PACED_BYTES_PER_S if await self._single_round() else UNLIMITED_BYTES_PER_S
 
     async def _single_round(self) -> bool:
         """Under emulation memory is copied in one round, and QEMU stops the VM at its end.

@@ -10,8 +10,12 @@ IMPATIENT_AFTER_PASSES = 6
 GOAL_STOP_S = 0.02
 """Expected time to send what remains, for which a few more rounds are worth waiting."""
 
-LAST_PART = 0.1
-"""Of a single round: what may be left when the gate closes ahead of the stop."""
+LEAD_S = 0.1
+"""Of a single round: how long before its end the gate closes: QEMU's own window of rate limiting,
+within which it may send the whole rest at once."""
+
+LAST_PART = 0.25
+"""The same as a part of memory, while the rate is not known yet."""
 
 
 def expected_stop_s(transfer: Transfer) -> float:
@@ -30,7 +34,9 @@ def converged(transfer: Transfer, options: Options) -> bool:
     if transfer.status == "completed":
         return True
     if transfer.single_round and transfer.status == "active":
-        return 0 < transfer.remaining_bytes <= transfer.total_bytes * LAST_PART
+        rate = transfer.bandwidth_bytes_per_s
+        lead_bytes = rate * LEAD_S if rate > 0 else transfer.total_bytes * LAST_PART
+        return 0 < transfer.remaining_bytes <= lead_bytes
     if transfer.status != "active" or transfer.passes < 2:
         return False
     limit_s = options.max_downtime_ms / 1000

@@ -355,7 +355,10 @@ def _converge(record: Handover, now_s: float, now_ns: int) -> Step:
 
 
 def _close_orders(record: Handover) -> tuple[CoordinatorEffect, ...]:
-    return tuple(_tell(nve, Close(move=record.id)) for nve in sorted(record.waiting))
+    """The new NVE keeps its end of the tunnel until the old one has turned its own tenants."""
+    later = {record.new_nve} if record.old_nve in record.waiting else set()
+    now = sorted(record.waiting - later) if record.phase == "drained" else sorted(record.waiting)
+    return tuple(_tell(nve, Close(move=record.id)) for nve in now)
 
 
 def _closed(record: Handover, event: Closed, now_ns: int) -> Step:
@@ -366,6 +369,9 @@ def _closed(record: Handover, event: Closed, now_ns: int) -> Step:
         waiting=record.waiting - {event.nve},
         packets=_merge(record.packets, event.packets),
     )
+    moved = record.phase == "drained"
+    if moved and event.nve == record.old_nve and record.new_nve in record.waiting:
+        return record, (_tell(record.new_nve, Close(move=record.id)),)
     if record.waiting:
         return record, ()
     return _end(record, now_ns), ()
