@@ -55,6 +55,8 @@ class Kernel(Protocol):
 class GateCounters(Record, frozen=True, kw_only=True):
     """What passed one gate since it was armed. Times are CLOCK_REALTIME in ns, 0 if never.
 
+    `redirected`: sent into the tunnel (old NVE), or come out of it (new NVE). `detoured`: of those
+    sent in, the ones that another NVE had sent; this host's own tenants make no detour by it.
     `dropped`: copies of broadcasts that another path delivers. `overflowed`: the hold queue was
     full. `ring_full`: the port's own ring was full since the port was made.
     """
@@ -65,10 +67,9 @@ class GateCounters(Record, frozen=True, kw_only=True):
     dropped: int = 0
     overflowed: int = 0
     ring_full: int = 0
-    first_redirected_ns: int = 0
-    last_redirected_ns: int = 0
+    detoured: int = 0
+    last_detoured_ns: int = 0
     first_passed_ns: int = 0
-    last_passed_ns: int = 0
 
 
 class Tunnel(Record, frozen=True, kw_only=True):
@@ -103,19 +104,31 @@ class HandoverPath(Protocol):
         """Remove the tunnel and the gate's memory of it; content with absence."""
         ...
 
-    async def arm_port(self, port: str, frames: int) -> None:
-        """Make the hold queue of `port`'s gate, for at most `frames`. Changes no path."""
-        ...
+    async def arm_port(self, port: str, device: str, frames: int) -> None:
+        """Make the hold queue of `port`'s gate, for at most `frames`. Changes no path.
 
-    async def quiet_port(self, port: str) -> None:
-        """Hold all that comes for `port`: unicast, and tunnelled broadcast (new NVE, till RESUME).
-
-        QEMU must not see a frame before its VM runs: the first it reads early is lost.
+        `device` is the VN's VXLAN device: what came in by it and is redirected makes a detour.
         """
         ...
 
-    async def open_port(self, port: str) -> None:
-        """Deliver what was held, in order, then let everything flow (new NVE after RESUME)."""
+    async def quiet_port(self, port: str) -> None:
+        """Before the new copy starts: hold all that comes, and put a plug into `port`'s ring.
+
+        A hypervisor reads the first frame that it finds at once, although its VM does not run, and
+        spoils it; then it reads nothing more until RESUME. That first frame is our plug.
+        """
+        ...
+
+    async def open_port(self, port: str, timeout_s: float) -> None:
+        """Once the plug is gone: let frames wait in `port`'s ring, in order, until RESUME.
+
+        Unicast, and broadcast from the tunnel: the VN's own copy is dropped until
+        `admit_broadcast`. KernelFailure when the plug was not taken in time.
+        """
+        ...
+
+    async def admit_broadcast(self, port: str) -> None:
+        """From now on the VN's own copies of broadcast are taken (new NVE at its activation)."""
         ...
 
     async def hold_port(self, port: str) -> int:

@@ -59,13 +59,14 @@ _PATH_FRAME_BE = int.from_bytes(PATH_FRAME.to_bytes(2, "big"), "little")
 PASS, HOLD, FLOW = 0, 1, 2
 DROP_BROADCAST, UNICAST_ONLY = 1, 2
 
-_SKB_MARK, _SKB_PROTOCOL, _SKB_DATA, _SKB_DATA_END = 8, 16, 76, 80
+_SKB_MARK, _SKB_PROTOCOL, _SKB_INGRESS, _SKB_DATA, _SKB_DATA_END = 8, 16, 36, 76, 80
 _TC_OK, _TC_SHOT = 0, 2
 _MAP_LOOKUP, _KTIME, _REDIRECT = 1, 5, 23
 _PASSED, _HELD, _REDIRECTED, _DROPPED = 0, 8, 16, 24
-_FIRST_REDIRECTED, _LAST_REDIRECTED, _FIRST_PASSED, _LAST_PASSED = 32, 40, 48, 56
-_CONTROL = struct.Struct("<IIIIQ")
-_COUNTERS = struct.Struct("<8Q")
+_DETOURED, _LAST_DETOURED, _FIRST_PASSED = 32, 40, 48
+_CONTROL = struct.Struct("<IIIIQI4x")
+_COUNTERS = struct.Struct("<7Q")
+CONTROL_BYTES, COUNTER_BYTES = _CONTROL.size, _COUNTERS.size
 _KEY_BYTES = 8
 _ENTRIES = 4096
 
@@ -75,21 +76,29 @@ _ALL_PROTOCOLS = 0x0003
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
-    """What one gate entry is told to do. Written as a whole, so a frame sees all of it or none."""
+    """What one gate entry is told to do. Written as a whole, so a frame sees all of it or none.
+
+    `detour` is the device whose frames take a detour when they are redirected: the VXLAN device.
+    """
 
     mode: int = PASS
     target: int = 0
     hold: int = 0
     flags: int = 0
     released: int = 0
+    detour: int = 0
 
     def pack(self) -> bytes:
-        return _CONTROL.pack(self.mode, self.target, self.hold, self.flags, self.released)
+        return _CONTROL.pack(
+            self.mode, self.target, self.hold, self.flags, self.released, self.detour
+        )
 
     @classmethod
     def unpack(cls, raw: bytes) -> Control:
-        mode, target, hold, flags, released = _CONTROL.unpack(raw)
-        return cls(mode=mode, target=target, hold=hold, flags=flags, released=released)
+        mode, target, hold, flags, released, detour = _CONTROL.unpack(raw)
+        return cls(
+            mode=mode, target=target, hold=hold, flags=flags, released=released, detour=detour
+        )
 
 
 def key_of(mac: str | None) -> bytes:
@@ -132,11 +141,21 @@ def gate_program(kind: GateKind, control_fd: int, counters_fd: int) -> bytes:
     if kind == "port":
         _drop_path_frames(code)
     code.load(W, R1, R10, -16)
-    code.jump("eq", R1, TUNNEL_MARK, "pass_uncounted")
+    code.jump("eq", R1, TUNNEL_MARK, "tunnelled")
+    code.jump("eq", R9, 0, "count_passed")
+    code.load(W, R1, R8, 12)
+    code.jump("set", R1, UNICAST_ONLY, "drop")
+    code.label("count_passed")
     _count(code, _PASSED)
-    _stamp(code, _FIRST_PASSED, _LAST_PASSED, "passed")
-    code.alu("mov", R0, _TC_OK)
-    code.exit()
+    code.load(DW, R1, R7, _FIRST_PASSED)
+    code.jump("ne", R1, 0, "pass_uncounted")
+    code.call(_KTIME)
+    code.store(DW, R7, _FIRST_PASSED, R0)
+    code.jump("always", R0, 0, "pass_uncounted")
+
+    code.label("tunnelled")
+    _count(code, _REDIRECTED)
+    code.jump("always", R0, 0, "pass_uncounted")
 
     code.label("hold")
     code.jump("eq", R9, 0, "do_hold")
@@ -164,7 +183,13 @@ def gate_program(kind: GateKind, control_fd: int, counters_fd: int) -> bytes:
     code.jump("set", R1, DROP_BROADCAST, "drop")
     code.label("count_redirected")
     _count(code, _REDIRECTED)
-    _stamp(code, _FIRST_REDIRECTED, _LAST_REDIRECTED, "redirected")
+    code.load(W, R1, R6, _SKB_INGRESS)
+    code.load(W, R2, R8, 24)
+    code.jump_reg("ne", R1, R2, "to_target")
+    _count(code, _DETOURED)
+    code.call(_KTIME)
+    code.store(DW, R7, _LAST_DETOURED, R0)
+    code.label("to_target")
     code.load(W, R1, R8, 4)
     _redirect(code)
 
@@ -229,15 +254,6 @@ def _count(code: Code, offset: int) -> None:
     code.atomic_add(R7, offset, R1)
 
 
-def _stamp(code: Code, first: int, last: int, name: str) -> None:
-    code.call(_KTIME)
-    code.store(DW, R7, last, R0)
-    code.load(DW, R1, R7, first)
-    code.jump("ne", R1, 0, f"stamped_{name}")
-    code.store(DW, R7, first, R0)
-    code.label(f"stamped_{name}")
-
-
 def _drop_path_frames(code: Code) -> None:
     code.load(W, R1, R6, _SKB_PROTOCOL)
     code.jump("eq", R1, _PATH_FRAME_BE, "shot")
@@ -283,18 +299,17 @@ class Gate:
         raw = self._counters.get(key_of(mac))
         if raw is None:
             return GateCounters()
-        passed, held, redirected, dropped, *stamps = _COUNTERS.unpack(raw)
+        passed, held, redirected, dropped, detoured, *stamps = _COUNTERS.unpack(raw)
         offset_ns = time.time_ns() - time.monotonic_ns()
-        first_r, last_r, first_p, last_p = (s + offset_ns if s else 0 for s in stamps)
+        last_detoured, first_passed = (stamp + offset_ns if stamp else 0 for stamp in stamps)
         return GateCounters(
             passed=passed,
             held=held,
             redirected=redirected,
             dropped=dropped,
-            first_redirected_ns=first_r,
-            last_redirected_ns=last_r,
-            first_passed_ns=first_p,
-            last_passed_ns=last_p,
+            detoured=detoured,
+            last_detoured_ns=last_detoured,
+            first_passed_ns=first_passed,
         )
 
     def close(self) -> None:

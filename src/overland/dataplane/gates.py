@@ -34,9 +34,9 @@ class Gates:
             if program is None:
                 self._gates[index] = await self._attach(index, kind)
             else:
-                control, counters = bpf.maps_of_program(program)
-                if control.value_bytes > counters.value_bytes:
-                    control, counters = counters, control
+                control, counters = sorted(
+                    bpf.maps_of_program(program), key=lambda each: each.value_bytes
+                )
                 self._gates[index] = Gate(control, counters)
         except NetlinkError as error:
             raise KernelFailure(f"gate at {device}: {error}") from None
@@ -71,8 +71,8 @@ class Gates:
                 raise
 
     async def _attach(self, index: int, kind: GateKind) -> Gate:
-        control = bpf.Map.create(bpf.HASH, 8, 24, 4096, "overland_ctl")
-        counters = bpf.Map.create(bpf.HASH, 8, 64, 4096, "overland_cnt")
+        control = bpf.Map.create(bpf.HASH, 8, gate.CONTROL_BYTES, 4096, "overland_ctl")
+        counters = bpf.Map.create(bpf.HASH, 8, gate.COUNTER_BYTES, 4096, "overland_cnt")
         program = bpf.load_classifier(
             gate.gate_program(kind, control.fd, counters.fd), "overland_gate"
         )

@@ -25,6 +25,7 @@ from overland.dataplane.gate import (
     HOLD,
     MARK,
     PASS,
+    PATH_FRAME,
     TUNNEL_MARK,
     UNICAST_ONLY,
     Control,
@@ -32,7 +33,7 @@ from overland.dataplane.gate import (
 )
 from overland.dataplane.gates import Gates
 from overland.dataplane.hold import HoldQueue, Injector, rescue
-from overland.dataplane.tap import TapTable, ring_empty
+from overland.dataplane.tap import TapTable, read_frames, ring_empty, vnet_header_bytes
 from overland.model.names import bridge_name, hold_name, mark, tunnel_name, vni_of
 from overland.ports import GateCounters, KernelFailure, Tunnel
 
@@ -40,6 +41,9 @@ TUNNEL_PORT = 4788
 """UDP port of handover tunnels, apart from the VNs' own (4789), so that identifiers never clash."""
 
 _HOLD_MTU = 65000
+PLUG = bytes(12) + PATH_FRAME.to_bytes(2, "big") + bytes(46)
+"""To nobody, from nobody: whatever a hypervisor makes of it, no guest takes it (HO-8)."""
+
 _DRAIN_LOOK_S = 0.0005
 _DRAIN_QUIET = 3
 """Looks in a row that must find the ring empty: QEMU takes frames in batches."""
@@ -120,18 +124,29 @@ class LinuxHandoverPath:
 
     # ------------------------------------------------------------ ports
 
-    async def arm_port(self, port: str, frames: int) -> None:
+    async def arm_port(self, port: str, device: str, frames: int) -> None:
         gate = await self._gates.ensure(port, "port")
         await self._arm(port, None, gate, frames)
+        gate.change(None, detour=interface_index(device))
 
     async def quiet_port(self, port: str) -> None:
         gate = await self._gates.ensure(port, "port")
         gate.change(None, mode=HOLD, flags=UNICAST_ONLY)
+        for _ in read_frames(self._taps.fd(port)):
+            pass  # broadcasts from before the move: the VM has its own copies at the old host
+        plug = Injector(port)
+        plug.send(PLUG)
+        plug.close()
 
-    async def open_port(self, port: str) -> None:
+    async def open_port(self, port: str, timeout_s: float) -> None:
+        gate = await self._gates.ensure(port, "port")
+        if not await self.port_drained(port, timeout_s):
+            raise KernelFailure(f"the hypervisor does not read {port}")
+        await self._release(port, None, gate, Injector(port), 0, path_frames=False)
+
+    async def admit_broadcast(self, port: str) -> None:
         gate = await self._gates.ensure(port, "port")
         gate.change(None, flags=0)
-        await self._release(port, None, gate, Injector(port), 0, path_frames=False)
 
     async def hold_port(self, port: str) -> int:
         gate = await self._gates.ensure(port, "port")
@@ -155,9 +170,10 @@ class LinuxHandoverPath:
         rescued = 0
         if to is not None:
             device = tunnel_name(to.number)
-            injector = Injector(device, vnet_header=True)
+            ring = self._taps.fd(port)
+            injector = Injector(device, vnet_header=vnet_header_bytes(ring))
             try:
-                rescued = rescue(self._taps.fd(port), injector)
+                rescued = rescue(ring, injector)
             finally:
                 injector.close()
         else:
@@ -264,6 +280,7 @@ class LinuxHandoverPath:
                 hold=hold,
                 flags=now.flags,
                 released=now.released,
+                detour=now.detour,
             ),
         )
 
@@ -322,12 +339,11 @@ class LinuxHandoverPath:
             held=counters.held,
             redirected=counters.redirected,
             dropped=counters.dropped,
+            detoured=counters.detoured,
             overflowed=waiting.queue.overflowed() if waiting else 0,
             ring_full=device_counts(device).send_drops if kind == "port" else 0,
-            first_redirected_ns=counters.first_redirected_ns,
-            last_redirected_ns=counters.last_redirected_ns,
+            last_detoured_ns=counters.last_detoured_ns,
             first_passed_ns=counters.first_passed_ns,
-            last_passed_ns=counters.last_passed_ns,
         )
 
     async def _entry(self, device: str, mac: str, remote: str) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 from overland.dataplane.devices import device_counts
 from overland.dataplane.gate import MARK, PATH_FRAME
-from overland.dataplane.tap import VNET_HEADER_BYTES, open_tap, read_frames, set_queue_length
+from overland.dataplane.tap import open_tap, read_frames, set_queue_length
 from overland.ports import KernelFailure
 
 _SO_MARK = 36
@@ -27,7 +27,7 @@ _PATIENCE_S = 0.5
 class Injector:
     """Sends frames out of one device, past its gate unless `mark` is 0."""
 
-    def __init__(self, device: str, *, vnet_header: bool = False, mark: int = MARK) -> None:
+    def __init__(self, device: str, *, vnet_header: int = 0, mark: int = MARK) -> None:
         self._vnet_header = vnet_header
         self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
         try:
@@ -41,9 +41,9 @@ class Injector:
             raise KernelFailure(f"{device}: {error.strerror}") from None
 
     def send(self, frame: bytes) -> None:
-        """Send one frame; with `vnet_header` it begins with the tap's 12-byte header."""
+        """Send one frame; it begins with the `vnet_header` bytes that its tap gave it."""
         if self._vnet_header:
-            frame = frame[:_VIRTIO_NET_HDR_BYTES] + frame[VNET_HEADER_BYTES:]
+            frame = frame[:_VIRTIO_NET_HDR_BYTES] + frame[self._vnet_header :]
         deadline_s = time.monotonic() + _PATIENCE_S
         while True:
             try:

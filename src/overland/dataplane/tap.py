@@ -21,14 +21,14 @@ from overland.ports import KernelFailure
 
 _TUN = "/dev/net/tun"
 _TUNSETIFF, _TUNSETPERSIST, _TUNGETIFF = 0x400454CA, 0x400454CB, 0x800454D2
-_TUNSETVNETHDRSZ = 0x400454D8
+_TUNSETVNETHDRSZ, _TUNGETVNETHDRSZ = 0x400454D8, 0x800454D7
 _SIOCSIFTXQLEN = 0x8943
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 _PIDFD_OPEN, _PIDFD_GETFD = 434, 438
 _FRAME_BYTES = 1 << 17
 
 VNET_HEADER_BYTES = 12
-"""virtio_net_hdr_mrg_rxbuf, as QEMU sets it; its first ten bytes are virtio_net_hdr."""
+"""virtio_net_hdr_mrg_rxbuf; its first ten bytes are virtio_net_hdr."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -65,6 +65,11 @@ def ring_empty(fd: int) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return not poll.poll(0)
+
+
+def vnet_header_bytes(fd: int) -> int:
+    """Length of the virtio header before each frame; the hypervisor may have changed it."""
+    return int(struct.unpack("i", fcntl.ioctl(fd, _TUNGETVNETHDRSZ, bytes(4)))[0])
 
 
 def read_frames(fd: int) -> Iterator[bytes]:

@@ -264,7 +264,7 @@ class ArmPorts(Do, frozen=True, kw_only=True, tag=True):
 
 
 class QuietPorts(Do, frozen=True, kw_only=True, tag=True):
-    pass
+    """Nothing gets into the new port's ring but a plug for the copy that is about to start."""
 
 
 class ReceiveCopy(Do, frozen=True, kw_only=True, tag=True):
@@ -323,11 +323,11 @@ class TakeDigest(Do, frozen=True, kw_only=True, tag=True):
 
 
 class Unmute(Do, frozen=True, kw_only=True, tag=True):
-    """Let the VM be heard: the TSI is activated."""
+    """The TSI is activated: the VM is heard, and hears the VN's broadcasts directly."""
 
 
 class OpenPorts(Do, frozen=True, kw_only=True, tag=True):
-    """Deliver what waited for the VM, in order, and let everything flow."""
+    """The plug is taken: what comes for the VM waits in its port's ring, in order, till RESUME."""
 
 
 class ResumeVm(Do, frozen=True, kw_only=True, tag=True):

@@ -5,7 +5,8 @@
 
 The new copy is paused from birth; `Activate`, which the coordinator sends only after the commit,
 is the only order that makes it run. What arrives before waits in the tap's own ring, in order, and
-is there when the VM opens its eyes: nothing is replayed, so nothing can be replayed wrongly.
+is there when the VM opens its eyes: nothing is replayed, so nothing can be replayed wrongly, and
+between RESUME and the first frame there is no work of ours.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def begin(part: Part) -> PartStep:
         MakeTunnel(to="old"),
         ArmPeers(),
         ReceiveCopy(),
+        OpenPorts(),
     )
 
 
@@ -67,7 +69,9 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
     """Return the next part and the effects wanted; an event out of place changes nothing."""
     match part.stage, event:
         case "arming", Done(effect="ReceiveCopy", text=uri):
-            said = Prepared(move=part.move, nve=part.nve, uri=uri)
+            return msgspec.structs.replace(part, uri=uri), ()
+        case "arming", Done(effect="OpenPorts"):
+            said = Prepared(move=part.move, nve=part.nve, uri=part.uri)
             return to(part, "awaiting", Say(report=said), AwaitCopy())
         case "awaiting", Done(effect="AwaitCopy", number=at_ns):
             whole = Received(move=part.move, nve=part.nve, at_ns=at_ns)
@@ -82,7 +86,7 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             return part, (Say(report=Digested(move=part.move, nve=part.nve, sha256=sha256)),)
         case "whole", Activate(version=version):
             part = msgspec.structs.replace(part, version=version)
-            return to(part, "activating", Unmute(), ResumeVm(), OpenPorts(), Announce())
+            return to(part, "activating", Unmute(), ResumeVm(), Announce())
         case "activating", Done(effect="ResumeVm", number=at_ns, packets=packets):
             ran = Running(move=part.move, nve=part.nve, at_ns=at_ns, held=packets.held)
             return to(part, "active", Say(report=ran))

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from overland.mobility import coordinator
 from overland.mobility import messages as m
-from overland.model.handover import ENDED, Handover
+from overland.model.handover import ENDED, Handover, committed
 from overland.ports import Conflict, StoreFailure
 
 TICK_S = 0.25
@@ -33,6 +33,10 @@ class Records(Protocol):
 
         Raises Conflict when the VM is not at `record.version - 1` any more.
         """
+        ...
+
+    def publish(self, record: Handover) -> None:
+        """Tell the subscribers where the VM of a committed move is."""
         ...
 
     async def open_moves(self) -> list[Handover]: ...
@@ -111,6 +115,7 @@ class _Move:
         self._tell = tell
         self._changed = changed
         self._events: asyncio.Queue[m.CoordinatorEvent] = asyncio.Queue()
+        self._published = False
 
     def post(self, event: m.CoordinatorEvent) -> None:
         self._events.put_nowait(event)
@@ -141,8 +146,20 @@ class _Move:
                 self._tell(effect.nve, effect.order)
         if commits:
             await self._commit()
+        else:
+            self._publish()
         if self.record is not before:
             self._changed(self.record)
+
+    def _publish(self) -> None:
+        """Subscribers hear of the commit right after the new NVE has had time for its part.
+
+        They have been steered already; their work must not stand in the way of the VM's first
+        step. So: with the first event after the commit, at the latest the next tick.
+        """
+        if committed(self.record.phase) and not self._published:
+            self._published = True
+            self._records.publish(self.record)
 
     async def _commit(self) -> None:
         """One compare-and-set: the point of no return."""

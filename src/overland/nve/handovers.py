@@ -29,6 +29,7 @@ WATCH_S = 0.005
 
 STEER_LIMIT_S = 1.0
 PROBE_LIMIT_S = 3.0
+PLUG_LIMIT_S = 3.0
 COPY_LIMIT_S = 3600.0
 
 _BESIDE = (m.WatchTransfer, m.AwaitCopy)
@@ -163,7 +164,7 @@ class _Running:
     def __init__(self, owner: Handovers, part: Part, base_version: int) -> None:
         self.part = part
         self.base_version = base_version
-        self.late_base: int | None = None
+        self.detoured_before: dict[str, int] = {}
         self._owner = owner
         self._queue: deque[m.Do] = deque()
         self._worker: asyncio.Task[None] | None = None
@@ -250,7 +251,7 @@ class _Performer:
     async def _ArmPorts(self, _: m.Do) -> None:
         for port in self._part.ports:
             await self._ground.ready(port.port)
-            await self._path.arm_port(port.port, self._hold_frames)
+            await self._path.arm_port(port.port, port.device, self._hold_frames)
 
     async def _ArmPeers(self, _: m.Do) -> None:
         for port in self._part.ports:
@@ -323,17 +324,20 @@ class _Performer:
         return m.Done(effect="TakeDigest", text=await self._hypervisor.digest(self._vm))
 
     async def _Unmute(self, _: m.Do) -> None:
+        for port in self._part.ports:
+            await self._path.admit_broadcast(port.port)
         await self._ground.unmute([port.port for port in self._part.ports])
 
     async def _OpenPorts(self, _: m.Do) -> None:
         for port in self._part.ports:
-            await self._path.open_port(port.port)
+            await self._path.open_port(port.port, PLUG_LIMIT_S)
 
     async def _ResumeVm(self, _: m.Do) -> m.Done:
         held = 0
         if self._part.role == "new":
             for port in self._part.ports:
-                held += (await self._path.count_port(port.port)).held
+                waiting = await self._path.count_port(port.port)
+                held += waiting.passed + waiting.redirected
         at_ns = await self._hypervisor.resume(self._vm)
         return m.Done(effect="ResumeVm", number=at_ns, packets=Packets(held=held))
 
@@ -342,11 +346,10 @@ class _Performer:
             await self._ground.announce(port)
 
     async def _MuteBroadcast(self, _: m.Do) -> None:
-        redirected = 0
         for port in self._part.ports:
-            redirected += (await self._path.count_port(port.port)).redirected
+            so_far = (await self._path.count_port(port.port)).detoured
+            self._running.detoured_before[port.port] = so_far
             await self._path.mute_broadcast(port.port)
-        self._running.late_base = redirected
 
     async def _CancelSend(self, _: m.Do) -> None:
         await self._hypervisor.cancel(self._vm)
@@ -378,13 +381,14 @@ class _Performer:
             return msgspec.structs.replace(
                 so_far, dropped=dropped, first_direct_ns=gate.first_passed_ns
             )
-        late = gate.redirected - self._running.late_base if self._running.late_base else 0
+        before = self._running.detoured_before.get(port.port)
+        late = gate.detoured - before if before is not None else 0
         return msgspec.structs.replace(
             so_far,
             dropped=dropped,
             redirected=so_far.redirected + gate.redirected,
             late=so_far.late + late,
-            last_redirected_ns=max(so_far.last_redirected_ns, gate.last_redirected_ns),
+            last_redirected_ns=max(so_far.last_redirected_ns, gate.last_detoured_ns),
         )
 
 
