@@ -50,11 +50,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--moves", type=int, default=30)
     parser.add_argument("--rate", type=int, default=5000)
+    parser.add_argument("--rate-from-vm", type=int)
     parser.add_argument("--out", type=Path, default=Path("out/bench-handover.json"))
     options = parser.parse_args()
     prepare()
     try:
-        overland("probe", "start", "web", "--rate", str(options.rate), "--lab", LAB)
+        back = str(options.rate if options.rate_from_vm is None else options.rate_from_vm)
+        overland(
+            *("probe", "start", "web", "--lab", LAB),
+            *("--rate", str(options.rate), "--rate-from-vm", back),
+        )
         receipts = [
             overland("vm", "migrate", "web", "--to", HOSTS[(n + 1) % 3], "-o", "json", check=False)
             for n in range(options.moves)

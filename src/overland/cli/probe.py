@@ -39,7 +39,16 @@ class _Guest:
         return asyncio.run(console.run(sock, command, 30.0))
 
 
-def begin(lab: str, vm: str, peers: list[str], rate: int, size: int, tcp: bool) -> runs.Running:
+def begin(
+    lab: str,
+    vm: str,
+    peers: list[str],
+    *,
+    rate: int,
+    rate_from_vm: int | None,
+    size: int,
+    tcp: bool,
+) -> runs.Running:
     """Start a probe between `vm` and endpoints `peers` (all, when none is named)."""
     client = Client(lab_state(lab)["api"])
     record = client.call("GET", f"/v1/vms/{vm}")
@@ -61,6 +70,7 @@ def begin(lab: str, vm: str, peers: list[str], rate: int, size: int, tcp: bool) 
         Node(name=vm, ipv4=face["ipv4"], ipv6=face["ipv6"]),
         nodes,
         rate=rate,
+        rate_from_vm=rate_from_vm,
         payload=size,
         tcp=tcp,
     )
@@ -96,12 +106,15 @@ def start(
     vm: str,
     peer: Annotated[list[str] | None, typer.Option(help="endpoint; all when left out")] = None,
     rate: Annotated[int, typer.Option(help="packets a second, each direction")] = 5000,
+    rate_from_vm: Annotated[int | None, typer.Option(help="if not the same as --rate")] = None,
     size: Annotated[int, typer.Option(help="payload bytes")] = 200,
     tcp: bool = True,
     lab: Lab = "lab",
 ) -> None:
     """Start numbered streams both ways; they run until `probe stop`."""
-    _tried(lambda: begin(lab, vm, peer or [], rate, size, tcp))
+    _tried(
+        lambda: begin(lab, vm, peer or [], rate=rate, rate_from_vm=rate_from_vm, size=size, tcp=tcp)
+    )
 
 
 @probe.command("stop")
@@ -115,6 +128,7 @@ def run(
     vm: str,
     peer: Annotated[list[str] | None, typer.Option(help="endpoint; all when left out")] = None,
     rate: Annotated[int, typer.Option(help="packets a second, each direction")] = 5000,
+    rate_from_vm: Annotated[int | None, typer.Option(help="if not the same as --rate")] = None,
     size: Annotated[int, typer.Option(help="payload bytes")] = 200,
     tcp: bool = True,
     duration: Annotated[float, typer.Option(help="seconds")] = 10.0,
@@ -122,7 +136,9 @@ def run(
     output: Output = Format.table,
 ) -> None:
     """Start, wait, stop, print the verdict."""
-    _tried(lambda: begin(lab, vm, peer or [], rate, size, tcp))
+    _tried(
+        lambda: begin(lab, vm, peer or [], rate=rate, rate_from_vm=rate_from_vm, size=size, tcp=tcp)
+    )
     time.sleep(duration)
     _print(_tried(lambda: end(lab)), output)
 

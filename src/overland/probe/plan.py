@@ -64,6 +64,7 @@ def plan_probe(
     *,
     rate: int,
     payload: int,
+    rate_from_vm: int | None = None,
     tcp: bool = False,
     tcp_rate: int = DEFAULT_TCP_RATE,
     base_port: int = DEFAULT_PORT,
@@ -71,7 +72,8 @@ def plan_probe(
     """Lay out flows between `vm` and each correspondent, over every family both ends have.
 
     `rate` is in datagrams per second for each direction, over all correspondents and families
-    together; what does not divide evenly goes to the first ones, so the sum is exact. `payload` is
+    together; what does not divide evenly goes to the first ones, so the sum is exact. With
+    `rate_from_vm` the direction away from the VM has a rate of its own. `payload` is
     the size of the UDP payload in bytes. With `tcp`, a stream of `tcp_rate` records per second
     runs beside every UDP flow, on the same port number. Flows with the n-th correspondent, from 0,
     always have port `base_port` + 2n over IPv4 and one more over IPv6, in both directions; two
@@ -85,16 +87,19 @@ def plan_probe(
         raise PlanError(f"{vm.name} has no address family in common with any correspondent")
     if base_port < 1 or pairs[-1].port > MAX_PORT:
         raise PlanError(f"the ports from {base_port} on do not suffice")
-    if rate < len(pairs):
+    back = rate if rate_from_vm is None else rate_from_vm
+    if min(rate, back) < len(pairs):
         raise PlanError(
-            f"{rate} packets per second cannot be shared by {len(pairs)} flows per direction"
+            f"{min(rate, back)} packets per second cannot be shared by {len(pairs)} flows per "
+            "direction"
         )
     flows: dict[str, list[str]] = {node.name: [] for node in (vm, *correspondents)}
     ids = []
-    for pair, share in zip(pairs, split(rate, len(pairs)), strict=True):
-        for sender, receiver, address in (
-            (pair.peer.name, vm.name, pair.vm_address),
-            (vm.name, pair.peer.name, pair.peer_address),
+    shares = zip(split(rate, len(pairs)), split(back, len(pairs)), strict=True)
+    for pair, (to_vm, from_vm) in zip(pairs, shares, strict=True):
+        for sender, receiver, address, share in (
+            (pair.peer.name, vm.name, pair.vm_address, to_vm),
+            (vm.name, pair.peer.name, pair.peer_address, from_vm),
         ):
             id = f"{sender}>{receiver}/{pair.family}"
             at = f"{address}:{pair.port}"
