@@ -21,10 +21,14 @@ class Tls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class NvaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`api_listen` is ADDRESS:PORT or fd:N (an inherited socket); `lease_s`: see Welcome."""
+    """`api_listen` is ADDRESS:PORT, in the network namespace `api_namespace` (a path) if given.
+
+    `lease_s`: how long an NVE counts as alive after its connection is lost.
+    """
 
     store: str
     api_listen: str = "127.0.0.1:8080"
+    api_namespace: str | None = None
     wire_address: str
     wire_port: int = 6640
     tls: Tls

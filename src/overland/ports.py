@@ -58,7 +58,8 @@ class GateCounters(Record, frozen=True, kw_only=True):
     `redirected`: sent into the tunnel (old NVE), or come out of it (new NVE). `detoured`: of those
     sent in, the ones that another NVE had sent; this host's own tenants make no detour by it.
     `dropped`: copies of broadcasts that another path delivers. `overflowed`: the hold queue was
-    full. `ring_full`: the port's own ring was full since the port was made.
+    full. `ring_full`: the port's own ring was full since the port was made. `first_passed_ns`: of
+    the first unicast frame.
     """
 
     passed: int = 0

@@ -104,6 +104,7 @@ def every_event() -> list[m.CoordinatorEvent]:
         m.CommitRefused(why="version"),
         m.Acknowledged(nve=PEER, at_ns=60),
         m.Lost(nve=PEER),
+        m.Back(nve=OLD),
         m.Abort(why="operator"),
         m.Tick(),
     ]

@@ -46,6 +46,8 @@ class Service(Protocol):
 
     def abort(self, move_id: str) -> bool: ...
 
+    async def repair(self, move_id: str | None) -> list[dict[str, str]]: ...
+
     def follow(self, move_id: str) -> AsyncIterator[dict[str, Any]]: ...
 
 
@@ -240,6 +242,15 @@ def _moves(app: FastAPI, service: Service) -> None:
                 yield f"data: {json.dumps(state)}\n\n"
 
         return StreamingResponse(lines(), media_type="text/event-stream")
+
+    @app.post("/v1/migrations/repair")
+    async def repair_all() -> JSONResponse:
+        return _json(await service.repair(None))
+
+    @app.post("/v1/migrations/{move_id}/repair")
+    async def repair(move_id: str) -> JSONResponse:
+        found(move_id)
+        return _json(await service.repair(move_id))
 
     @app.post("/v1/migrations/{move_id}/abort")
     async def abort(move_id: str) -> JSONResponse:

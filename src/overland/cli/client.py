@@ -18,6 +18,10 @@ def context_file() -> Path:
     return Path(base) / "overland" / "context"
 
 
+class Unreachable(Failure):
+    """The NVA does not answer."""
+
+
 class Client:
     """One NVA's API: `--api`, else OVERLAND_API, else the context that was last written."""
 
@@ -46,7 +50,7 @@ class Client:
             answer = connection.getresponse()
         except OSError as error:
             why = f"the NVA at {self.url} does not answer ({error.strerror or error})"
-            raise Failure("api", why, "unreachable", "is it running?") from None
+            raise Unreachable("api", why, "unreachable", "is it running?") from None
         if answer.status >= 400:
             raise _failure(answer)
         return answer

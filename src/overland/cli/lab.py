@@ -73,6 +73,19 @@ def down(name: Name = "lab") -> None:
         raise _failure(error) from None
 
 
+@lab.command("restart")
+def restart(
+    daemon: Annotated[str, typer.Argument(help="nva, or a host's name for its NVE")],
+    name: Name = "lab",
+) -> None:
+    """Kill one daemon (SIGKILL) and start it anew; VMs and traffic go on."""
+    hosts = len(_status(name)["hosts"]) if daemon != "nva" else 1
+    try:
+        labs.restart(_topology(name, hosts), daemon)
+    except (labs.LabFailure, OSError) as error:
+        raise _failure(error) from None
+
+
 def _status(name: str) -> dict[str, Any]:
     state = lab_state(name)
     client = Client(state["api"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from overland.cli.client import Client
+from overland.cli.client import Client, Unreachable
 from overland.cli.options import Api, Output, spec
 from overland.cli.output import Exit, Failure, Format, show
 from overland.cli.timeline import timeline
@@ -19,6 +22,9 @@ from overland.model.names import parse_duration, parse_size
 vm = typer.Typer(no_args_is_help=True, help="Virtual machines.")
 migration = typer.Typer(no_args_is_help=True, help="Moves and their receipts.")
 VM_COLUMNS = ("name", "state", "host", "version", "memory_mib", "move")
+NVA_AWAY_S = 15.0
+"""How long a command waits for an NVA that went away in the middle of a move."""
+
 MOVE_COLUMNS = (
     "id",
     "vm",
@@ -154,11 +160,31 @@ def _follow(client: Client, move: str) -> dict[str, Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
     with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("planned", total=100)
-        for state in client.events(f"/v1/migrations/{move}/events"):
+        for state in _states(client, move):
             last = state
             progress.update(task, description=_headline(state), completed=_percent(state))
-    last.pop("progress", None)
-    return last
+    return {key: value for key, value in last.items() if key != "progress"}
+
+
+def _states(client: Client, move: str) -> Iterator[dict[str, Any]]:
+    """Every state of a move until its outcome is known, also over a restart of the NVA."""
+    deadline_s = time.monotonic() + NVA_AWAY_S
+    while time.monotonic() < deadline_s:
+        try:
+            for state in client.events(f"/v1/migrations/{move}/events"):
+                deadline_s = time.monotonic() + NVA_AWAY_S
+                yield state
+                if state["outcome"] != "open":
+                    return
+        except (Unreachable, OSError, http.client.HTTPException):
+            time.sleep(0.2)
+    raise Failure(
+        f"migration {move}",
+        "the NVA does not answer: its outcome is not known",
+        "unknown",
+        f"`overland migration repair {move}` once the NVA is back",
+        Exit.UNKNOWN,
+    )
 
 
 def _headline(state: dict[str, Any]) -> str:
@@ -242,3 +268,14 @@ def migration_abort(move: str, api: Api = None) -> None:
     if receipt["outcome"] == "moved":
         why = "it was committed already; the VM has moved"
         raise Failure(f"migration {move}", why, "committed", exit_code=Exit.REFUSED)
+
+
+@migration.command("repair")
+def migration_repair(
+    move: Annotated[str | None, typer.Argument(help="all open moves, when left out")] = None,
+    api: Api = None,
+    output: Output = Format.table,
+) -> None:
+    """Settle what a failure left open, and say what was done."""
+    path = f"/v1/migrations/{move}/repair" if move else "/v1/migrations/repair"
+    show(Client(api).call("POST", path), output, ("id", "vm", "did"))

@@ -18,13 +18,14 @@ import uvicorn
 
 from overland.api.rest import create_app
 from overland.config import NvaConfig
-from overland.daemon import run_first
+from overland.daemon import inside, run_first
+from overland.mobility import coordinator
 from overland.mobility.messages import AnyOrder
 from overland.model.cluster import Mapping, Refused, Vm
 from overland.model.handover import ENDED, Handover, Options
 from overland.model.receipt import receipt
 from overland.nva.authority import Authority, Blocked
-from overland.nva.handovers import Handovers
+from overland.nva.handovers import Handovers, last_orders
 from overland.nva.mapping import vn_intent
 from overland.ports import PortFailure
 from overland.store.sqlite import SqliteStore
@@ -33,6 +34,7 @@ from overland.wire import tls
 from overland.wire.server import WireServer
 
 VM_ORDER_LIMIT_S = 60.0
+REPAIR_LIMIT_S = 3.0
 NEGATIVE_100MS = 20
 
 log = logging.getLogger(__name__)
@@ -59,16 +61,21 @@ class Domain:
     async def run(self) -> None:
         run_first()
         config = self._config
+        api = _api_socket(config)
         await self.authority.load()
         context = tls.context(
             Path(config.tls.ca), Path(config.tls.certificate), Path(config.tls.key), server=True
         )
-        await self._wire.listen(config.wire_address, config.wire_port, context)
+        try:
+            await self._wire.listen(config.wire_address, config.wire_port, context)
+        except OSError as error:
+            at = f"{config.wire_address}:{config.wire_port}"
+            raise PortFailure(f"cannot listen on {at}: {error.strerror}") from None
         await self.handovers.recover()
         server = uvicorn.Server(
             uvicorn.Config(create_app(self), log_level="warning", lifespan="off")
         )
-        await server.serve(sockets=[_api_socket(config.api_listen)])
+        await server.serve(sockets=[api])
 
     def _later(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
@@ -90,10 +97,28 @@ class Domain:
         self.authority.host_seen(hello.host)
         for network in self.authority.cluster.networks:
             self._push(host, network)
+        self.handovers.back(host)
+        for move in hello.moves:
+            self._settle(host, move)
+        self._compare(host, hello.vms)
+
+    def _settle(self, host: str, move_id: str) -> None:
+        """An NVE still has a part in a move that has ended: tell it how."""
+        if self.handovers.record(move_id) is None:
+            for order in last_orders(self.authority.move(move_id), move_id, host):
+                self._tell(host, order)
+
+    def _compare(self, host: str, copies: dict[str, str]) -> None:
+        """What an NVE has against the records: the record's version decides (R-14)."""
         for vm in self.authority.cluster.vms.values():
-            if vm.host == host and vm.move is None and vm.state in ("running", "paused"):
-                state = hello.vms.get(vm.name, "crashed")
+            if vm.move is not None:
+                continue
+            if vm.host == host and vm.state in ("running", "paused"):
+                state = copies.get(vm.name, "crashed")
                 self._later(self.authority.vm_state(vm.name, state, "seen at connection"))
+            elif vm.host != host and vm.name in copies:
+                log.warning("NVE %s has an old copy of VM %s: it is stopped", host, vm.name)
+                self._wire.send(host, w.VmOrder(id=next(self._numbers), action="stop", vm=vm))
 
     def disconnected(self, host: str) -> None:
         loop = asyncio.get_running_loop()
@@ -240,6 +265,40 @@ class Domain:
     def find_move(self, move_id: str) -> Handover | None:
         return self._latest.get(move_id) or self.authority.move(move_id)
 
+    async def repair(self, move_id: str | None) -> list[dict[str, str]]:
+        """Ask again for all that open moves wait for; what was done for each, in words."""
+        wanted = [move_id] if move_id else sorted(self.authority.cluster.moves)
+        return [await self._repair(each) for each in wanted]
+
+    async def _repair(self, move_id: str) -> dict[str, str]:
+        record = self.find_move(move_id)
+        assert record is not None
+        if record.phase in ENDED:
+            return {"id": move_id, "vm": record.vm.name, "did": f"nothing: {record.outcome}"}
+        involved = coordinator.involved(record)
+        away = sorted(set(involved) - self._wire.hosts())
+        for host in involved:
+            self.handovers.back(host)
+        ended = await self._ended(move_id, REPAIR_LIMIT_S)
+        did = f"asked {', '.join(involved)} again"
+        if ended is not None:
+            did += f"; the move has ended: {ended.outcome}"
+        elif away:
+            did += f"; it waits for {', '.join(away)}: start the NVE there"
+        else:
+            did += f"; the move goes on in phase {record.phase}"
+        return {"id": move_id, "vm": record.vm.name, "did": did}
+
+    async def _ended(self, move_id: str, limit_s: float) -> Handover | None:
+        """The record once the move has ended; None when it has not in time."""
+        try:
+            async with asyncio.timeout(limit_s):
+                async for _ in self.follow(move_id):
+                    pass
+        except TimeoutError:
+            return None
+        return self.find_move(move_id)
+
     def abort(self, move_id: str) -> bool:
         return self.handovers.abort(move_id, "aborted by the operator")
 
@@ -279,16 +338,15 @@ def _refused(code: str, what: str, why: str) -> Refused:
     return Refused(code=code, what=what, why=why)
 
 
-def _api_socket(listen: str) -> socket.socket:
-    if listen.startswith("fd:"):
-        return socket.socket(fileno=int(listen[3:]))
-    address, _, port = listen.rpartition(":")
+def _api_socket(config: NvaConfig) -> socket.socket:
+    address, _, port = config.api_listen.rpartition(":")
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    with inside(config.api_namespace):
+        sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((address.strip("[]"), int(port)))
     except OSError as error:
         sock.close()
-        raise PortFailure(f"cannot listen on {listen}: {error.strerror}") from None
+        raise PortFailure(f"cannot listen on {config.api_listen}: {error.strerror}") from None
     return sock

@@ -28,6 +28,7 @@ from overland.model.names import port_name
 from overland.model.nve import NveIntent, VnIntent
 from overland.nve.agent import Agent
 from overland.nve.handovers import Handovers
+from overland.nve.journal import PartJournal
 from overland.ports import PortFailure
 from overland.wire import messages as w
 from overland.wire import tls
@@ -55,6 +56,7 @@ class Nve:
             self._agent,
             self._say,
             config.hold_frames,
+            PartJournal(Path(config.run_dir) / "moves"),
         )
         self._host = Host(name=config.host)
         self._vns: dict[str, VnIntent] = {}
@@ -70,6 +72,11 @@ class Nve:
     async def run(self) -> None:
         for name in await self._hypervisor.find():
             self._states[name] = await self._hypervisor.state(name) or "crashed"
+        for part in self._handovers.parts():
+            if part.vm is not None and part.vm.name in self._states:
+                for port in part.ports:
+                    self._adopt(part.vm.name, port.port)
+        self._handovers.resume()
         self._host = await self._facts()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._agent.run())
@@ -105,7 +112,11 @@ class Nve:
 
     def _hello(self) -> w.Hello:
         return w.Hello(
-            protocol=w.PROTOCOL, host=self._host, known=dict(self._known), vms=dict(self._states)
+            protocol=w.PROTOCOL,
+            host=self._host,
+            known=dict(self._known),
+            vms=dict(self._states),
+            moves=self._handovers.open_moves(),
         )
 
     def _say(self, report: AnyReport) -> None:
@@ -121,7 +132,9 @@ class Nve:
                 self._later(self._vm_order(message))
             case w.Unsupported(why=why):
                 log.warning("NVA does not understand: %s", why)
-            case w.Welcome() | w.Answer():
+            case w.Welcome():
+                self._handovers.reconnected()
+            case w.Answer():
                 pass
 
     def _later(self, work: Awaitable[None]) -> None:
@@ -139,8 +152,7 @@ class Nve:
                 self._vns.pop(push.network, None)
             else:
                 self._vns[push.network] = push.intent
-            for name in await self._hypervisor.names():
-                self._adopt(name, push.intent)
+            await self._adopt_all(push.intent)
             intent = NveIntent(vns=tuple(self._vns[name] for name in sorted(self._vns)))
             try:
                 failures = tuple(failure.why for failure in await self._agent.want(intent))
@@ -156,14 +168,18 @@ class Nve:
                 )
             )
 
-    def _adopt(self, vm: str, intent: VnIntent | None) -> None:
+    async def _adopt_all(self, intent: VnIntent | None) -> None:
         """After a restart: take back a descriptor of each tap that a living VM has."""
+        living = await self._hypervisor.names()
         for tsi in intent.tsis if intent is not None else ():
-            if tsi.owner == vm and tsi.kind == "tap":
-                try:
-                    self._hypervisor.adopt(vm, port_name(vm, tsi.index))
-                except PortFailure as failure:
-                    log.warning("%s", failure)
+            if tsi.owner in living and tsi.kind == "tap":
+                self._adopt(tsi.owner, port_name(tsi.owner, tsi.index))
+
+    def _adopt(self, vm: str, port: str) -> None:
+        try:
+            self._hypervisor.adopt(vm, port)
+        except PortFailure as failure:
+            log.warning("%s", failure)
 
     # ------------------------------------------------------------ VMs
 

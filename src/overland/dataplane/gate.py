@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pyroute2 import AsyncIPRoute
+from pyroute2.netlink.rtnl.tcmsg import sched_bpf
 
 from overland.dataplane.bpf import (
     DW,
@@ -42,6 +43,15 @@ from overland.dataplane.bpf import (
     W,
 )
 from overland.ports import GateCounters, KernelFailure
+
+# pyroute2 0.9 does not name these three (include/uapi/linux/pkt_cls.h); the id is how a restarted
+# daemon finds the gates of the former one.
+sched_bpf.options.nla_map = (
+    *sched_bpf.options.nla_map,
+    ("TCA_BPF_FLAGS_GEN", "uint32"),
+    ("TCA_BPF_TAG", "hex"),
+    ("TCA_BPF_ID", "uint32"),
+)
 
 GateKind = Literal["port", "peer"]
 
@@ -142,10 +152,12 @@ def gate_program(kind: GateKind, control_fd: int, counters_fd: int) -> bytes:
         _drop_path_frames(code)
     code.load(W, R1, R10, -16)
     code.jump("eq", R1, TUNNEL_MARK, "tunnelled")
-    code.jump("eq", R9, 0, "count_passed")
+    code.jump("eq", R9, 0, "unicast")
     code.load(W, R1, R8, 12)
     code.jump("set", R1, UNICAST_ONLY, "drop")
-    code.label("count_passed")
+    _count(code, _PASSED)
+    code.jump("always", R0, 0, "pass_uncounted")
+    code.label("unicast")
     _count(code, _PASSED)
     code.load(DW, R1, R7, _FIRST_PASSED)
     code.jump("ne", R1, 0, "pass_uncounted")

@@ -12,7 +12,7 @@ import contextlib
 import errno
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
@@ -45,6 +45,7 @@ PLUG = bytes(12) + PATH_FRAME.to_bytes(2, "big") + bytes(46)
 """To nobody, from nobody: whatever a hypervisor makes of it, no guest takes it (HO-8)."""
 
 _DRAIN_LOOK_S = 0.0005
+_RECOUNT_LOOKS = 10_000
 _DRAIN_QUIET = 3
 """Looks in a row that must find the ring empty: QEMU takes frames in batches."""
 
@@ -61,7 +62,9 @@ class _Waiting:
     injector: Injector | None = None
     path_frames: bool = True
     released: int = 0
-    drops: int = field(default=0)
+    drops: int = 0
+    adopted: bool = False
+    """A former daemon's: how many frames it sent on is not known."""
 
     def forward(self) -> None:
         """Send on what waits and tell the gate; called whenever a frame is there."""
@@ -74,6 +77,19 @@ class _Waiting:
 
     def settled(self) -> bool:
         return self.gate.held(self.mac) == self.released
+
+    def recount(self) -> None:
+        """Learn `released` anew, under a hold: an instant with an empty queue tells it."""
+        assert self.injector is not None
+        self.gate.change(self.mac, mode=HOLD)
+        for _attempt in range(_RECOUNT_LOOKS):
+            held = self.gate.held(self.mac)
+            taken = self.queue.drain(self.injector.send, path_frames=self.path_frames)
+            if not taken and self.gate.held(self.mac) == held:
+                self.released, self.adopted = held, False
+                self.drops = self.queue.overflowed()
+                return
+        raise KernelFailure("frames come too fast to count what waits")
 
 
 class LinuxHandoverPath:
@@ -264,13 +280,16 @@ class LinuxHandoverPath:
         name = hold_name(device, mac or "")
         waiting = self._waiting.get((device, mac))
         if waiting is None:
-            waiting = _Waiting(queue=HoldQueue(name, frames), gate=gate, mac=mac)
+            adopted = gate.control(mac) is not None
+            if not adopted:
+                await self._delete(name)  # what a crash left; a fresh queue counts from nothing
+            queue = HoldQueue(name, frames)
+            waiting = _Waiting(queue=queue, gate=gate, mac=mac, adopted=adopted)
             silence(name)
             alias = mark("hold", device)
             await self._set_link(name, ifalias=alias, mtu=_HOLD_MTU, state="up")
             self._waiting[device, mac] = waiting
         now = gate.control(mac) or Control(mode=PASS)
-        waiting.released = now.released
         hold = interface_index(name)
         gate.arm(
             mac,
@@ -301,6 +320,8 @@ class LinuxHandoverPath:
             raise KernelFailure(f"the gate at {device} was taken down meanwhile")
         waiting.injector = injector
         waiting.path_frames = path_frames
+        if waiting.adopted:
+            waiting.recount()
         waiting.forward()
         gate.change(mac, mode=FLOW, target=target)
         asyncio.get_running_loop().add_reader(waiting.queue.fd, waiting.forward)

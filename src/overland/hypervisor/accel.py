@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -19,10 +20,26 @@ _SECTOR = bytes.fromhex("bae900b04beef4ebfe").ljust(510, b"\0") + b"\x55\xaa"
 NOTICE = "KVM does not run a guest here: VMs are emulated (TCG), slower but complete"
 
 
+_SEEN = Path("/run/overland")
+"""What was seen holds until the host boots again, so a restarted daemon need not look again."""
+
+
 async def accelerator(binary: str) -> str:
-    """Return `kvm` when a guest was seen to boot under it, else `tcg`."""
+    """Return `kvm` when a guest was seen to boot under it since the host booted, else `tcg`."""
     if not Path("/dev/kvm").exists():
         return "tcg"
+    found = shutil.which(binary) or binary
+    note = _SEEN / f"accelerator-{found.replace('/', '-')}-{Path(found).stat().st_mtime_ns}"
+    with contextlib.suppress(OSError):
+        return note.read_text()
+    seen = await _tried(binary)
+    with contextlib.suppress(OSError):
+        _SEEN.mkdir(exist_ok=True)
+        note.write_text(seen)
+    return seen
+
+
+async def _tried(binary: str) -> str:
     with tempfile.TemporaryDirectory(prefix="overland-kvm-") as folder:
         disk, out = Path(folder, "disk"), Path(folder, "out")
         disk.write_bytes(_SECTOR)

@@ -138,8 +138,14 @@ class QemuHypervisor:
             pid = _our_process(folder, name)
             if pid and name not in self._machines:
                 with contextlib.suppress(HypervisorFailure):
-                    await self._connect(name, pid)
+                    await self._recall(await self._connect(name, pid))
         return await self.names()
+
+    async def _recall(self, machine: _Machine) -> None:
+        """What its events would have told, had we listened."""
+        machine.migration = (await self._do(machine, "query-migrate")).get("status", "")
+        if (await self._do(machine, "query-status"))["status"] not in ("running", "inmigrate"):
+            machine.stopped_ns = time.time_ns()
 
     def adopt(self, vm: str, port: str) -> None:
         """After a restart: take a descriptor of tap `port` from the VM's process."""

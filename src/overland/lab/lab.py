@@ -1,8 +1,7 @@
 """Bring a lab up and take it down: namespaces, certificates, configs, and the real daemons.
 
-Nothing outside the lab's own namespaces is touched: the API's socket is opened here, on loopback,
-and inherited by the NVA. Down needs no memory: namespaces are known by name, processes by running
-inside them.
+Nothing outside the lab's own namespaces is touched, but for the API's port on loopback. Down needs
+no memory: namespaces are known by name, processes by running inside them.
 """
 
 from __future__ import annotations
@@ -50,6 +49,7 @@ def up(lab: Topology) -> dict[str, Any]:
         shutil.rmtree(lab.folder, ignore_errors=True)
         lab.folder.mkdir(parents=True)
         _namespaces(lab)
+        _keep_home(lab)
         _certificates(lab)
         port = _start(lab)
         state: dict[str, Any] = {"name": lab.name, "api": f"http://127.0.0.1:{port}"}
@@ -116,28 +116,58 @@ def nve_config(lab: Topology, host: LabHost) -> Path:
 
 
 def _start(lab: Topology) -> int:
-    config = lab.folder / "nva.toml"
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    with listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(128)
-        config.write_text(
-            f'store = "{lab.folder}/nva.db"\napi_listen = "fd:{listener.fileno()}"\n'
-            f'wire_address = "{lab.nva.underlay_ipv4}"\nwire_port = {WIRE_PORT}\n'
-            f"{_tls_section(lab, 'nva')}"
-        )
-        daemon(lab, lab.nva, "nva", config, keep=(listener.fileno(),))
-        port = int(listener.getsockname()[1])
+    port = _free_port()
+    # The API is for people: it listens where they are, on loopback, not inside the lab.
+    (lab.folder / "nva.toml").write_text(
+        f'store = "{lab.folder}/nva.db"\napi_listen = "127.0.0.1:{port}"\n'
+        f'api_namespace = "{home(lab.name)}"\n'
+        f'wire_address = "{lab.nva.underlay_ipv4}"\nwire_port = {WIRE_PORT}\n'
+        f"{_tls_section(lab, 'nva')}"
+    )
+    daemon(lab, lab.nva)
     for host in lab.hosts:
-        daemon(lab, host, "nve", nve_config(lab, host))
+        nve_config(lab, host)
+        daemon(lab, host)
     return port
 
 
-def daemon(
-    lab: Topology, host: LabHost, role: str, config: Path, keep: tuple[int, ...] = ()
-) -> int:
+def _keep_home(lab: Topology) -> None:
+    """Give our own network namespace a name, for the NVA to find its way back into it."""
+    handle = home(lab.name)
+    handle.parent.mkdir(exist_ok=True)
+    handle.touch()
+    _mount("mount", "--bind", "/proc/self/ns/net", str(handle))
+
+
+def _forget_home(name: str) -> None:
+    handle = home(name)
+    if handle.exists():
+        if handle.is_mount() or os.stat(handle).st_ino == os.stat("/proc/self/ns/net").st_ino:
+            _mount("umount", str(handle))
+        handle.unlink()
+
+
+def home(name: str) -> Path:
+    """Not among the lab's namespaces: what runs in this one is not ours to end."""
+    return Path("/run/overland") / f"home-{name}"
+
+
+def _mount(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LabFailure(done.stderr.strip())
+
+
+def _free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as trial:
+        trial.bind(("127.0.0.1", 0))
+        return int(trial.getsockname()[1])
+
+
+def daemon(lab: Topology, host: LabHost) -> int:
     """Start one daemon inside its namespace, in a session of its own; returns its pid."""
+    role = "nva" if host is lab.nva else "nve"
+    config = lab.folder / f"{host.name}.toml"
     with (lab.folder / f"{host.name}.log").open("ab") as log:
         process = subprocess.Popen(
             [
@@ -147,11 +177,27 @@ def daemon(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            pass_fds=keep,
             start_new_session=True,
         )
     (lab.folder / f"{host.name}.pid").write_text(str(process.pid))
     return process.pid
+
+
+def restart(lab: Topology, name: str) -> None:
+    """End one daemon (SIGKILL) and start it anew; VMs and traffic are left alone."""
+    host = next((each for each in (lab.nva, *lab.hosts) if each.name == name), None)
+    if host is None or not (NETNS / host.namespace).exists():
+        raise LabFailure(f"there is no daemon {name}")
+    pid = int((lab.folder / f"{name}.pid").read_text())
+    if pid in _inside([host.namespace]):
+        os.kill(pid, signal.SIGKILL)
+        _until_gone_pid(pid, host.namespace)
+    daemon(lab, host)
+
+
+def _until_gone_pid(pid: int, namespace: str) -> None:
+    while pid in _inside([namespace]):
+        time.sleep(0.005)
 
 
 def get(url: str) -> Any:
@@ -189,6 +235,7 @@ def down(name: str, folder: Path, *, keep_logs: bool = False) -> list[str]:
     _until_gone(found)
     for namespace in found:
         _ip(f"netns del {namespace}")
+    _forget_home(name)
     if not keep_logs:
         shutil.rmtree(folder, ignore_errors=True)
     return found

@@ -1,8 +1,9 @@
 """The NVA's machine of one hot move: `step(record, event, now) -> (record, effects)`.
 
 Pure: no I/O, no clock. The shell journals the new record before it performs an effect, so after a
-crash `Start` finds the record and repeats what the present phase waits for; every order may be
-repeated. The state table is in spec/handover.md and tests/core walk all of it.
+crash `Start` finds the record and repeats what the present phase waits for, as `Back` does for one
+NVE whose connection is back; every order may be repeated. The state table is in spec/handover.md
+and tests/core walk all of it.
 
     planned --prepared by new, old, peers--> staged -> precopy --old stopped--> paused
       --new copy whole--> equal --compare-and-set--> committed --resumed--> running
@@ -23,6 +24,7 @@ from overland.mobility.messages import (
     Acknowledged,
     Activate,
     AnyOrder,
+    Back,
     Close,
     Closed,
     Commit,
@@ -72,7 +74,7 @@ PREPARE_LIMIT_S = 20.0
 STOPPED_LIMIT_S = 5.0
 """From STOP to the commit: the age bound of what is held at the new NVE (R-39)."""
 
-GIVE_BACK_LIMIT_S = 2.0
+GIVE_BACK_LIMIT_S = 1.0
 """How long an abort waits for the new NVE to send back what it holds."""
 
 CLOSE_LIMIT_S = 10.0
@@ -95,6 +97,8 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
     match event:
         case Start():
             return _start(record, now_s)
+        case Back(nve=nve):
+            return record, _outstanding(record, nve)
         case Prepared():
             return _prepared(record, event, now_s, now_ns)
         case Failed() | Abort() | CommitRefused() | Lost():
@@ -110,7 +114,7 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
         case Steered(nve=nve, at_ns=at_ns):
             return _steered(record, nve, at_ns, now_s, now_ns)
         case Committed():
-            return _committed(record, event, now_ns)
+            return _committed(record, event, now_s, now_ns)
         case Running():
             return _running(record, event, now_s, now_ns)
         case Acknowledged(nve=nve, at_ns=at_ns):
@@ -150,40 +154,91 @@ def _tell(nve: str, order: AnyOrder) -> Tell:
 
 
 def _start(record: Handover, now_s: float) -> Step:
-    """Begin, or repeat what the present phase waits for after a restart of the NVA."""
-    move = record.id
+    """Begin, or go on after a restart of the NVA: with fresh deadlines, as if all came back."""
+    if record.phase == "planned" and not record.waiting:
+        record = msgspec.structs.replace(record, waiting=frozenset(involved(record)))
+    record = msgspec.structs.replace(record, deadline_s=now_s + _limit_s(record))
+    effects: list[CoordinatorEffect] = []
+    for nve in involved(record):
+        effects.extend(_outstanding(record, nve))
+    if record.phase == "equal" and not record.options.verify:
+        effects.append(_commit(record))
+    return record, tuple(effects)
+
+
+def _limit_s(record: Handover) -> float:
+    """How long the present phase may last, in seconds."""
     match record.phase:
         case "planned":
-            record = msgspec.structs.replace(
-                record,
-                waiting=frozenset(involved(record)),
-                deadline_s=now_s + PREPARE_LIMIT_S,
-            )
-            order = PrepareNew(move=move, vm=record.vm, version=record.version, ports=record.ports)
-            return record, (_tell(record.new_nve, order),)
-        case "staged" | "precopy" | "paused" | "equal":
-            # The NVA was away while memory moved. Whether the old copy still runs is known only
-            # there; going back is always safe before the commit.
-            return _abort(record, "the NVA restarted before the commit", now_s, 0)
-        case "committed":
-            return record, (
-                _tell(record.new_nve, Activate(move=move, version=record.version)),
-                _tell(record.old_nve, Retire(move=move, version=record.version)),
-            )
-        case "running" | "converging":
-            return record, ()
-        case "drained":
-            return _close(record, now_s)
-        case "aborting" if record.restored:
-            return _close(record, now_s)
-        case "aborting":
-            return msgspec.structs.replace(record, deadline_s=now_s + GIVE_BACK_LIMIT_S), (
-                _tell(record.new_nve, GiveBack(move=move)),
-            )
-        case "closed" | "aborted":
-            return record, ()
+            return PREPARE_LIMIT_S
+        case "precopy":
+            return record.options.timeout_s
+        case "aborting" if not record.closing:
+            return GIVE_BACK_LIMIT_S
+        case "drained" if not record.closing:
+            return record.options.drain_guard_ms / 1000
+        case "drained" | "aborting":
+            return CLOSE_LIMIT_S
         case _:
-            assert_never(record.phase)
+            return STOPPED_LIMIT_S
+
+
+def _outstanding(record: Handover, nve: str) -> tuple[CoordinatorEffect, ...]:
+    """What `nve` has still to do in the present phase: said again when its connection is back.
+
+    Every order may be repeated, so nobody has to know whether the first one arrived (HO-20).
+    """
+    move = record.id
+    match record.phase:
+        case "planned" if nve in record.waiting:
+            prepared = record.new_nve not in record.waiting
+            ready = prepared or nve == record.new_nve
+            return (_prepare(record, nve),) if ready else ()
+        case "precopy" if nve == record.old_nve:
+            return (_tell(nve, Send(move=move, uri=record.uri)),)
+        case "paused" | "equal":
+            return _steer_again(record, nve) + _digest_again(record, nve)
+        case "committed" if nve == record.new_nve:
+            return (_tell(nve, Activate(move=move, version=record.version)),)
+        case "committed" | "running" | "converging" if nve == record.old_nve:
+            return (_tell(nve, Retire(move=move, version=record.version)),)
+        case "drained" | "aborting" if record.closing and nve in record.waiting:
+            return tuple(each for each in _close_orders(record) if each.nve == nve)
+        case "aborting" if nve in record.waiting:
+            return (_tell(nve, _way_back(record, nve)),)
+        case _:
+            return ()
+
+
+def _prepare(record: Handover, nve: str) -> Tell:
+    move, version, ports = record.id, record.version, record.ports
+    if nve == record.new_nve:
+        return _tell(nve, PrepareNew(move=move, vm=record.vm, version=version, ports=ports))
+    if nve == record.old_nve:
+        options = record.options
+        old = PrepareOld(move=move, vm=record.vm, version=version, ports=ports, options=options)
+        return _tell(nve, old)
+    return _tell(nve, PreparePeer(move=move, version=version, ports=ports))
+
+
+def _steer_again(record: Handover, nve: str) -> tuple[Tell, ...]:
+    steered = _names(record.steered)
+    first = nve == record.new_nve and nve not in steered
+    peer = nve in record.peers and nve not in steered and record.new_nve in steered
+    return (_tell(nve, Steer(move=record.id)),) if first or peer else ()
+
+
+def _digest_again(record: Handover, nve: str) -> tuple[Tell, ...]:
+    asked = record.phase == "equal" and record.options.verify
+    ends = {record.old_nve: record.digest_old, record.new_nve: record.digest_new}
+    missing = asked and nve in ends and not ends[nve]
+    return (_tell(nve, Digest(move=record.id)),) if missing else ()
+
+
+def _way_back(record: Handover, nve: str) -> AnyOrder:
+    if record.restored:
+        return Steer(move=record.id, back=True)
+    return GiveBack(move=record.id) if nve == record.new_nve else Restore(move=record.id)
 
 
 def _failing(
@@ -193,6 +248,9 @@ def _failing(
     now_ns: int,
 ) -> Step:
     match event:
+        case Failed(nve=nve, step=step_name, why=why) if committed(record.phase):
+            # Only forward: the order is repeated with the next tick, and the receipt says why.
+            return msgspec.structs.replace(record, reason=f"{nve}: {step_name}: {why}"), ()
         case Failed(nve=nve, step=step_name, why=why):
             if step_name == "steer" and record.phase == "aborting":
                 return _steered(record, nve, now_ns, now_s, now_ns)
@@ -216,25 +274,16 @@ def _failing(
 def _prepared(record: Handover, event: Prepared, now_s: float, now_ns: int) -> Step:
     if record.phase != "planned" or event.nve not in record.waiting:
         return record, ()
-    move, ports = record.id, record.ports
     record = msgspec.structs.replace(
         record, waiting=record.waiting - {event.nve}, uri=event.uri or record.uri
     )
     if event.nve == record.new_nve:
-        version = record.version
-        old = PrepareOld(
-            move=move, vm=record.vm, version=version, ports=ports, options=record.options
-        )
-        peer = PreparePeer(move=move, version=version, ports=ports)
-        return record, (
-            _tell(record.old_nve, old),
-            *(_tell(nve, peer) for nve in record.peers),
-        )
+        return record, tuple(_prepare(record, nve) for nve in (record.old_nve, *record.peers))
     if record.waiting:
         return record, ()
     record = _enter(_enter(record, "staged", now_ns), "precopy", now_ns)
     record = msgspec.structs.replace(record, deadline_s=now_s + record.options.timeout_s)
-    return record, (_tell(record.old_nve, Send(move=move, uri=record.uri)),)
+    return record, (_tell(record.old_nve, Send(move=record.id, uri=record.uri)),)
 
 
 def _stopped(record: Handover, event: Stopped, now_s: float, now_ns: int) -> Step:
@@ -311,11 +360,14 @@ def _steer_others(record: Handover) -> tuple[CoordinatorEffect, ...]:
     return tuple(_tell(nve, steer) for nve in record.peers)
 
 
-def _committed(record: Handover, event: Committed, now_ns: int) -> Step:
+def _committed(record: Handover, event: Committed, now_s: float, now_ns: int) -> Step:
     if record.phase != "equal":
         return record, ()
     record = msgspec.structs.replace(
-        _enter(record, "committed", now_ns), version=event.version, commit_ns=event.at_ns
+        _enter(record, "committed", now_ns),
+        version=event.version,
+        commit_ns=event.at_ns,
+        deadline_s=now_s + STOPPED_LIMIT_S,
     )
     return record, (
         _tell(record.new_nve, Activate(move=record.id, version=event.version)),
@@ -330,6 +382,8 @@ def _running(record: Handover, event: Running, now_s: float, now_ns: int) -> Ste
     record = msgspec.structs.replace(
         record,
         resume_ns=event.at_ns,
+        reason=None,
+        outcome="open",
         packets=msgspec.structs.replace(record.packets, held=event.held),
     )
     return _converge(record, now_s, now_ns)
@@ -354,7 +408,7 @@ def _converge(record: Handover, now_s: float, now_ns: int) -> Step:
     return record, ()
 
 
-def _close_orders(record: Handover) -> tuple[CoordinatorEffect, ...]:
+def _close_orders(record: Handover) -> tuple[Tell, ...]:
     """The new NVE keeps its end of the tunnel until the old one has turned its own tenants."""
     later = {record.new_nve} if record.old_nve in record.waiting else set()
     now = sorted(record.waiting - later) if record.phase == "drained" else sorted(record.waiting)
@@ -412,6 +466,8 @@ def _abort(record: Handover, why: str, now_s: float, now_ns: int) -> Step:
         deadline_s=now_s + GIVE_BACK_LIMIT_S,
         waiting=frozenset({record.new_nve}),
     )
+    if record.new_nve in record.fenced:
+        return _restore(record, now_s)  # it never had leave to run: there is nothing to wait for
     return record, (_tell(record.new_nve, GiveBack(move=record.id)),)
 
 
@@ -477,7 +533,9 @@ def _lost(record: Handover, nve: str, now_s: float, now_ns: int) -> Step:
 def _give_up_waiting(record: Handover, nves: frozenset[str], now_s: float, now_ns: int) -> Step:
     if record.phase == "aborting" and not record.restored:
         # Only the old NVE knows whether the VM runs: ask until it says so.
-        return _restore(record, now_s)
+        unknown = record.old_nve in record.waiting
+        outcome = "unknown" if unknown else record.outcome
+        return _restore(msgspec.structs.replace(record, outcome=outcome), now_s)
     record = msgspec.structs.replace(record, waiting=record.waiting - nves)
     if record.waiting:
         return record, ()
@@ -499,6 +557,9 @@ def _tick(record: Handover, now_s: float, now_ns: int) -> Step:
             return _abort(record, why, now_s, now_ns)
         case "paused" | "equal":
             return _abort(record, "the new copy was not whole in time", now_s, now_ns)
+        case "committed":
+            # The new NVE has not said that the VM runs: until it does nobody knows.
+            return _start(msgspec.structs.replace(record, outcome="unknown"), now_s)
         case "drained" if not record.closing:
             # The guard has passed: what was launched into the tunnel has come out of it.
             return _close(record, now_s)

@@ -212,6 +212,12 @@ class Acknowledged(Record, frozen=True, kw_only=True, tag=True):
     at_ns: int
 
 
+class Back(Record, frozen=True, kw_only=True, tag=True):
+    """NVE `nve` is connected (again): what it was told before may not have arrived."""
+
+    nve: str
+
+
 class Lost(Record, frozen=True, kw_only=True, tag=True):
     """NVE `nve` is declared dead: its lease ran out, its mappings are gone."""
 
@@ -227,7 +233,7 @@ class Tick(Record, frozen=True, kw_only=True, tag=True):
 
 
 CoordinatorEvent = (
-    AnyReport | Start | Committed | CommitRefused | Acknowledged | Lost | Abort | Tick
+    AnyReport | Start | Back | Committed | CommitRefused | Acknowledged | Lost | Abort | Tick
 )
 
 
@@ -380,4 +386,15 @@ class Broken(Record, frozen=True, kw_only=True, tag=True):
     why: str
 
 
-NveEvent = AnyOrder | TransferSeen | Done | Broken
+class Reconnected(Record, frozen=True, kw_only=True, tag=True):
+    """The NVA is there again: what was last reported may not have arrived."""
+
+
+class Resumed(Record, frozen=True, kw_only=True, tag=True):
+    """The daemon was restarted and has read its part from its journal.
+
+    Of the last stage any effect may have been done, or half of it; kernel and hypervisor went on.
+    """
+
+
+NveEvent = AnyOrder | TransferSeen | Done | Broken | Reconnected | Resumed

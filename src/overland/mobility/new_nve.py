@@ -25,6 +25,7 @@ from overland.mobility.messages import (
     Closed,
     Digest,
     Digested,
+    Do,
     Done,
     Failed,
     GiveBack,
@@ -37,7 +38,9 @@ from overland.mobility.messages import (
     QuietPorts,
     ReceiveCopy,
     Received,
+    Reconnected,
     ReleaseInto,
+    Resumed,
     ResumeVm,
     Running,
     Say,
@@ -48,7 +51,7 @@ from overland.mobility.messages import (
     TakeDigest,
     Unmute,
 )
-from overland.mobility.nve import Part, PartStep, to
+from overland.mobility.nve import RESTARTED, Part, PartStep, to
 
 
 def begin(part: Part) -> PartStep:
@@ -68,42 +71,110 @@ def begin(part: Part) -> PartStep:
 def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per transition
     """Return the next part and the effects wanted; an event out of place changes nothing."""
     match part.stage, event:
+        case _, Reconnected():
+            return part, _said(part)
+        case _, Resumed():
+            return _resumed(part)
         case "arming", Done(effect="ReceiveCopy", text=uri):
             return msgspec.structs.replace(part, uri=uri), ()
         case "arming", Done(effect="OpenPorts"):
-            said = Prepared(move=part.move, nve=part.nve, uri=part.uri)
-            return to(part, "awaiting", Say(report=said), AwaitCopy())
+            part = msgspec.structs.replace(part, stage="awaiting")
+            return part, (*_said(part), AwaitCopy())
         case "awaiting", Done(effect="AwaitCopy", number=at_ns):
-            whole = Received(move=part.move, nve=part.nve, at_ns=at_ns)
-            return to(part, "whole", Say(report=whole))
+            part = msgspec.structs.replace(part, stage="whole", received_ns=at_ns)
+            return part, _said(part)
         case "awaiting" | "whole", Steer(back=False):
-            return part, (SteerHere(back=False, local=True),)
+            return part, (_STEER,)
         case _, Done(effect="SteerHere", number=at_ns):
-            return part, (Say(report=Steered(move=part.move, nve=part.nve, at_ns=at_ns)),)
+            part = msgspec.structs.replace(part, steered_ns=part.steered_ns or at_ns)
+            return part, (_steered(part),)
         case "whole", Digest():
             return part, (TakeDigest(),)
         case "whole", Done(effect="TakeDigest", text=sha256):
             return part, (Say(report=Digested(move=part.move, nve=part.nve, sha256=sha256)),)
-        case "whole", Activate(version=version):
+        case "whole" | "activating", Activate(version=version):
             part = msgspec.structs.replace(part, version=version)
-            return to(part, "activating", Unmute(), ResumeVm(), Announce())
+            return to(part, "activating", *_RUN)
         case "activating", Done(effect="ResumeVm", number=at_ns, packets=packets):
-            ran = Running(move=part.move, nve=part.nve, at_ns=at_ns, held=packets.held)
-            return to(part, "active", Say(report=ran))
+            part = msgspec.structs.replace(
+                part, stage="active", resumed_ns=at_ns, held=packets.held
+            )
+            return part, _said(part)
         case "active" | "returned", Close():
             return to(part, "closing", CleanUp())
         case "closing", Done(effect="CleanUp", packets=packets):
             closed = Closed(move=part.move, nve=part.nve, packets=packets)
             return to(part, "closed", Say(report=closed))
         case "arming" | "awaiting" | "whole", GiveBack():
-            return to(part, "returning", StopCopy(), HoldPorts(), ReleaseInto(tunnel=True))
-        case "returning", Done(effect="ReleaseInto") | Broken(effect="ReleaseInto"):
-            return to(part, "returned", Say(report=GivenBack(move=part.move, nve=part.nve)))
+            return to(part, "returning", *_GIVE_BACK)
+        case "returning", Done(effect="ReleaseInto") | Broken():
+            part = msgspec.structs.replace(part, stage="returned")
+            return part, _said(part)
         case "returned", GiveBack():
-            return part, (Say(report=GivenBack(move=part.move, nve=part.nve)),)
+            return part, _said(part)
         case _, Broken(effect="SteerHere", why=why):
             return part, (Say(report=Failed(move=part.move, nve=part.nve, step="steer", why=why)),)
         case "arming" | "awaiting" | "whole" | "activating", Broken(effect=effect, why=why):
             return part, (Say(report=Failed(move=part.move, nve=part.nve, step=effect, why=why)),)
         case _:
             return part, ()
+
+
+_STEER = SteerHere(back=False, local=True)
+_RUN: tuple[Do, ...] = (Unmute(), ResumeVm(), Announce())
+_GIVE_BACK: tuple[Do, ...] = (
+    StopCopy(),
+    MakeTunnel(to="old"),
+    ArmPorts(),
+    HoldPorts(),
+    ReleaseInto(tunnel=True),
+)
+
+
+def _steered(part: Part) -> Say:
+    return Say(report=Steered(move=part.move, nve=part.nve, at_ns=part.steered_ns))
+
+
+def _said(part: Part) -> tuple[Do, ...]:
+    """The reports that `part` stands for; the coordinator may hear them any number of times."""
+    move, nve = part.move, part.nve
+    steered = (_steered(part),) if part.steered_ns else ()
+    match part.stage:
+        case "awaiting":
+            return (Say(report=Prepared(move=move, nve=nve, uri=part.uri)), *steered)
+        case "whole":
+            return (Say(report=Received(move=move, nve=nve, at_ns=part.received_ns)), *steered)
+        case "active":
+            ran = Running(move=move, nve=nve, at_ns=part.resumed_ns, held=part.held)
+            return (Say(report=ran),)
+        case "returned":
+            return (Say(report=GivenBack(move=move, nve=nve)),)
+        case _:
+            return ()
+
+
+def _resumed(part: Part) -> PartStep:
+    """Take back what only the daemon held: readers of queues, sockets that answer."""
+    again: tuple[Do, ...] = (
+        MakeTunnel(to="old"),
+        ArmPorts(),
+        ReleaseInto(tunnel=False),
+        ArmPeers(),
+        *((_STEER,) if part.steered_ns else ()),
+    )
+    match part.stage:
+        case "arming":
+            failed = Failed(move=part.move, nve=part.nve, step="prepare", why=RESTARTED)
+            return part, (Say(report=failed),)
+        case "awaiting":
+            return part, (*again, AwaitCopy())
+        case "whole" | "active":
+            return part, (*again, *_said(part))
+        case "activating":
+            return part, (*again, *_RUN)
+        case "returning":
+            return part, _GIVE_BACK
+        case "closing":
+            return part, (CleanUp(),)
+        case _:
+            return part, _said(part)

@@ -30,7 +30,8 @@ Stage = Literal[
 class Part(Record, frozen=True, kw_only=True):
     """One NVE's part in one move. `nve` is its own name, `other` the NVE at the tunnel's far end.
 
-    `resumable`: the copy on this host may run again (old NVE, until the commit).
+    Instants are CLOCK_REALTIME ns, 0 while they have not come. `turned`: the last Steer said back.
+    The shell keeps it on disk, so that a restarted daemon goes on from here.
     """
 
     move: str
@@ -43,13 +44,22 @@ class Part(Record, frozen=True, kw_only=True):
     uri: str = ""
     held_ns: int = 0
     stop_ns: int = 0
+    rescued: int = 0
+    received_ns: int = 0
+    steered_ns: int = 0
+    turned: bool = False
+    resumed_ns: int = 0
+    held: int = 0
     retired: bool = False
     version: int = 0
     memory: Memory = Memory()
 
 
 PartStep = tuple[Part, tuple[Do, ...]]
-__all__ = ["NveEvent", "Part", "PartStep", "Stage", "memory_of", "to"]
+__all__ = ["RESTARTED", "NveEvent", "Part", "PartStep", "Stage", "memory_of", "to"]
+
+
+RESTARTED = "its NVE was restarted"
 
 
 def to(part: Part, stage: Stage, *effects: Do) -> PartStep:

@@ -24,6 +24,7 @@ from overland.mobility.messages import (
     Closed,
     Digest,
     Digested,
+    Do,
     Done,
     Failed,
     FinishSend,
@@ -35,9 +36,11 @@ from overland.mobility.messages import (
     Prepared,
     Progress,
     ProvePath,
+    Reconnected,
     ReleaseInto,
     Restore,
     Restored,
+    Resumed,
     ResumeVm,
     Retire,
     Say,
@@ -49,7 +52,7 @@ from overland.mobility.messages import (
     TransferSeen,
     WatchTransfer,
 )
-from overland.mobility.nve import Part, PartStep, memory_of, to
+from overland.mobility.nve import RESTARTED, Part, PartStep, memory_of, to
 
 DRAIN_LIMIT_S = 0.05
 """How long the VM may take to empty its tap's ring before it is stopped and the rest rescued."""
@@ -63,8 +66,13 @@ def begin(part: Part) -> PartStep:
 def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per transition
     """Return the next part and the effects wanted; an event out of place changes nothing."""
     match part.stage, event:
+        case _, Reconnected():
+            return part, _said(part)
+        case _, Resumed():
+            return _resumed(part)
         case "arming", Done(effect="ProvePath"):
-            return to(part, "armed", Say(report=Prepared(move=part.move, nve=part.nve)))
+            part = msgspec.structs.replace(part, stage="armed")
+            return part, _said(part)
         case "armed", Send(uri=uri):
             part = msgspec.structs.replace(part, uri=uri)
             return to(part, "sending", BeginSend(uri=uri), WatchTransfer())
@@ -91,16 +99,13 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             return _restore(part)
         case "returning", Done(effect="ResumeVm") | Broken():
             # A VM that cannot run any more has crashed: the agent reports that as its state.
-            return to(part, "returned", Say(report=Restored(move=part.move, nve=part.nve)))
+            part = msgspec.structs.replace(part, stage="returned")
+            return part, _said(part)
         case "arming" | "armed" | "sending" | "stopping", Broken(effect=effect, why=why):
             failed = Failed(move=part.move, nve=part.nve, step=effect, why=why)
             return part, (Say(report=failed),)
         case "armed" | "stopped" | "returned", Close():
-            if not part.retired:
-                return to(part, "closing", CleanUp())
-            # Nobody sends here any more but our own tenants: they turn before the tunnel goes.
-            turn = SteerHere(back=False, local=True)
-            return to(part, "closing", turn, CleanUp(), StopCopy())
+            return _close(part)
         case _:
             return part, ()
 
@@ -135,15 +140,9 @@ def _stopping(part: Part, event: Done) -> PartStep:
         case "FinishSend":
             return msgspec.structs.replace(part, stop_ns=event.number), ()
         case "ReleaseInto":
-            said = Stopped(
-                move=part.move,
-                nve=part.nve,
-                held_ns=part.held_ns,
-                stop_ns=part.stop_ns,
-                rescued=event.number,
-                memory=part.memory,
-            )
-            return to(part, "stopped", Say(report=said))
+            rescued = part.rescued + event.number
+            part = msgspec.structs.replace(part, stage="stopped", rescued=rescued)
+            return part, _said(part)
         case "TakeDigest":
             said_digest = Digested(move=part.move, nve=part.nve, sha256=event.text)
             return part, (Say(report=said_digest),)
@@ -153,19 +152,76 @@ def _stopping(part: Part, event: Done) -> PartStep:
 
 def _restore(part: Part) -> PartStep:
     """Cancel; frames come home in order: what the new NVE gave back is in the tap already."""
-    if part.stage in ("returned", "returning"):
-        again = Say(report=Restored(move=part.move, nve=part.nve))
-        return (part, (again,)) if part.stage == "returned" else (part, ())
-    if part.stage in ("arming", "armed"):
-        return to(part, "returned", Say(report=Restored(move=part.move, nve=part.nve)))
-    if part.held_ns == 0:
-        return to(part, "returning", CancelSend(), ResumeVm())
-    return to(
-        part,
-        "returning",
-        CancelSend(),
-        HoldPorts(),
-        SteerHere(back=True, local=True),
-        ReleaseInto(tunnel=False),
-        ResumeVm(),
-    )
+    match part.stage:
+        case "returning":
+            return part, ()
+        case "returned":
+            return part, _said(part)
+        case "arming" | "armed":
+            part = msgspec.structs.replace(part, stage="returned")
+            return part, _said(part)
+        case "sending":
+            return to(part, "returning", CancelSend(), ResumeVm())
+        case _:
+            return to(part, "returning", *_HOME)
+
+
+_HOME: tuple[Do, ...] = (
+    ArmPorts(),
+    CancelSend(),
+    HoldPorts(),
+    SteerHere(back=True, local=True),
+    ReleaseInto(tunnel=False),
+    ResumeVm(),
+)
+
+
+def _close(part: Part) -> PartStep:
+    if not part.retired:
+        return to(part, "closing", CleanUp())
+    # Nobody sends here any more but our own tenants: they turn before the tunnel goes.
+    turn = SteerHere(back=False, local=True)
+    return to(part, "closing", turn, CleanUp(), StopCopy())
+
+
+def _said(part: Part) -> tuple[Do, ...]:
+    """The report that `part` stands for; the coordinator may hear it any number of times."""
+    match part.stage:
+        case "armed":
+            return (Say(report=Prepared(move=part.move, nve=part.nve)),)
+        case "stopped":
+            stopped = Stopped(
+                move=part.move,
+                nve=part.nve,
+                held_ns=part.held_ns,
+                stop_ns=part.stop_ns,
+                rescued=part.rescued,
+                memory=part.memory,
+            )
+            return (Say(report=stopped),)
+        case "returned":
+            return (Say(report=Restored(move=part.move, nve=part.nve)),)
+        case _:
+            return ()
+
+
+def _resumed(part: Part) -> PartStep:
+    """Take back what only the daemon held: readers of queues, sockets that answer."""
+    again = (MakeTunnel(to="new"), ArmPorts())
+    match part.stage:
+        case "arming":
+            return begin(part)
+        case "armed":
+            return part, (*again, *_said(part))
+        case "sending" | "stopping":
+            # How far the stop went is not known; the way back is safe from anywhere.
+            failed = Failed(move=part.move, nve=part.nve, step="stop", why=RESTARTED)
+            return to(part, "stopping", *again, Say(report=failed))
+        case "stopped":
+            return part, (*again, ReleaseInto(tunnel=True))
+        case "returning":
+            return to(part, "returning", *_HOME)
+        case "closing":
+            return _close(part)
+        case _:
+            return part, _said(part)

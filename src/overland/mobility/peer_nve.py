@@ -8,17 +8,22 @@ that push, acknowledged, is what ends the tunnel. Steering early only spares the
 
 from __future__ import annotations
 
+import msgspec
+
 from overland.mobility.messages import (
     ArmPeers,
     Broken,
     CleanUp,
     Close,
     Closed,
+    Do,
     Done,
     Failed,
     NveEvent,
     Prepared,
     ProvePath,
+    Reconnected,
+    Resumed,
     Say,
     Steer,
     Steered,
@@ -35,12 +40,19 @@ def begin(part: Part) -> PartStep:
 def step(part: Part, event: NveEvent) -> PartStep:
     """Return the next part and the effects wanted; an event out of place changes nothing."""
     match part.stage, event:
+        case _, Reconnected():
+            return part, _said(part)
+        case _, Resumed():
+            return _resumed(part)
         case "arming", Done(effect="ProvePath"):
-            return to(part, "armed", Say(report=Prepared(move=part.move, nve=part.nve)))
+            part = msgspec.structs.replace(part, stage="armed")
+            return part, _said(part)
         case "armed" | "active", Steer(back=back):
+            part = msgspec.structs.replace(part, turned=back, steered_ns=0)
             return to(part, "active", SteerHere(back=back, local=False))
         case "active", Done(effect="SteerHere", number=at_ns):
-            return part, (Say(report=Steered(move=part.move, nve=part.nve, at_ns=at_ns)),)
+            part = msgspec.structs.replace(part, steered_ns=at_ns)
+            return part, _said(part)
         case _, Broken(effect="SteerHere", why=why):
             return part, (Say(report=Failed(move=part.move, nve=part.nve, step="steer", why=why)),)
         case "arming", Broken(effect=effect, why=why):
@@ -50,5 +62,32 @@ def step(part: Part, event: NveEvent) -> PartStep:
         case "closing", Done(effect="CleanUp", packets=packets):
             closed = Closed(move=part.move, nve=part.nve, packets=packets)
             return to(part, "closed", Say(report=closed))
+        case _:
+            return part, ()
+
+
+def _said(part: Part) -> tuple[Do, ...]:
+    """The report that `part` stands for; the coordinator may hear it any number of times."""
+    match part.stage:
+        case "armed":
+            return (Say(report=Prepared(move=part.move, nve=part.nve)),)
+        case "active" if part.steered_ns:
+            steered = Steered(move=part.move, nve=part.nve, at_ns=part.steered_ns)
+            return (Say(report=steered),)
+        case _:
+            return ()
+
+
+def _resumed(part: Part) -> PartStep:
+    """Take back what only the daemon held: the queue's reader, the socket that answers."""
+    match part.stage:
+        case "arming":
+            return begin(part)
+        case "armed":
+            return part, (ArmPeers(), *_said(part))
+        case "active":
+            return part, (ArmPeers(), SteerHere(back=part.turned, local=False))
+        case "closing":
+            return part, (CleanUp(),)
         case _:
             return part, ()

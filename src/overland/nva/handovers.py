@@ -84,6 +84,11 @@ class Handovers:
         for move in self._open.values():
             move.post(m.Lost(nve=nve))
 
+    def back(self, nve: str) -> None:
+        """NVE `nve` is connected (again)."""
+        for move in self._open.values():
+            move.post(m.Back(nve=nve))
+
     def abort(self, move: str, why: str) -> bool:
         """Ask for an abort; False when there is no such open move."""
         return self._post(move, m.Abort(why=why))
@@ -174,3 +179,21 @@ class _Move:
         for effect in effects:
             if isinstance(effect, m.Tell):
                 self._tell(effect.nve, effect.order)
+
+
+def last_orders(record: Handover | None, move: str, nve: str) -> tuple[m.AnyOrder, ...]:
+    """What an NVE is told that still has a part in a move which has ended.
+
+    Of a move that nobody knows nothing is said: only its record tells who has the VM.
+    """
+    close = m.Close(move=move)
+    if record is None:
+        return ()
+    moved = record.outcome == "moved"
+    if nve == record.old_nve:
+        retire = m.Retire(move=move, version=record.version)
+        return (retire if moved else m.Restore(move=move), close)
+    if nve == record.new_nve:
+        activate = m.Activate(move=move, version=record.version)
+        return (activate if moved else m.GiveBack(move=move), close)
+    return (close,)

@@ -89,11 +89,16 @@ class Agent:
 
     async def ready(self, port: str) -> None:
         """Wait until `port` is in the kernel; KernelFailure when it does not come."""
+        if self._intent is None and await self._there(port):
+            return  # a restarted daemon goes on with what is there, NVA or not
         try:
             async with asyncio.timeout(READY_LIMIT_S), self._changed:
                 await self._changed.wait_for(lambda: port in self._ports)
         except TimeoutError:
             raise KernelFailure(f"port {port} did not come up in {READY_LIMIT_S:g} s") from None
+
+    async def _there(self, port: str) -> bool:
+        return any(link.name == port for link in (await self._kernel.snapshot()).links)
 
     async def unmute(self, ports: list[str]) -> None:
         """Let frames from `ports` in, now."""

@@ -9,6 +9,7 @@ When an effect fails the rest of its queue is void: the machine decides what com
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -19,8 +20,9 @@ import msgspec
 from overland.mobility import messages as m
 from overland.mobility import new_nve, old_nve, peer_nve
 from overland.mobility.nve import Part, PartStep
-from overland.model.handover import MovingPort, Packets
+from overland.model.handover import Memory, MovingPort, Packets
 from overland.model.names import bridge_name
+from overland.nve.journal import Kept, PartJournal
 from overland.nve.moving import Moving
 from overland.ports import HandoverPath, Hypervisor, PortFailure, Tunnel
 
@@ -31,6 +33,8 @@ STEER_LIMIT_S = 1.0
 PROBE_LIMIT_S = 3.0
 PLUG_LIMIT_S = 3.0
 COPY_LIMIT_S = 3600.0
+
+log = logging.getLogger(__name__)
 
 _BESIDE = (m.WatchTransfer, m.AwaitCopy)
 _MACHINES = {"old": old_nve, "new": new_nve, "peer": peer_nve}
@@ -67,14 +71,37 @@ class Handovers:
         ground: Ground,
         say: Callable[[m.AnyReport], None],
         hold_frames: int,
+        journal: PartJournal,
     ) -> None:
         self._nve = nve
+        self._journal = journal
         self._hypervisor = hypervisor
         self._path = path
         self._ground = ground
         self._say = say
         self._hold_frames = hold_frames
         self._running: dict[str, _Running] = {}
+
+    def open_moves(self) -> tuple[str, ...]:
+        """The moves in which this NVE has a part."""
+        return tuple(sorted(self._running))
+
+    def parts(self) -> list[Part]:
+        """The parts that a former daemon left in the journal."""
+        return [kept.part for kept in self._journal.load()]
+
+    def resume(self) -> None:
+        """After a restart: go on with every part in the journal."""
+        for kept in self._journal.load():
+            self._running[kept.part.move] = _Running(self, kept.part, kept.base_version)
+        self._publish()
+        for running in list(self._running.values()):
+            running.event(m.Resumed())
+
+    def reconnected(self) -> None:
+        """The NVA is there again: say again what stands."""
+        for running in list(self._running.values()):
+            running.event(m.Reconnected())
 
     def order(self, order: m.AnyOrder) -> None:
         """Take one order; the answer comes as a report."""
@@ -143,8 +170,16 @@ class Handovers:
             )
         )
 
+    def _keep(self, running: _Running) -> None:
+        try:
+            self._journal.keep(Kept(part=running.part, base_version=running.base_version))
+        except OSError as error:
+            # The move goes on; only a restart of this daemon in the middle of it would abort it.
+            log.warning("part of move %s not written: %s", running.part.move, error.strerror)
+
     def _closed(self, move: str) -> None:
         self._running.pop(move, None)
+        self._journal.forget(move)
         self._publish()
 
     async def _perform(self, running: _Running, effect: m.Do) -> m.NveEvent:
@@ -176,7 +211,10 @@ class _Running:
         self.take(_MACHINES[self.part.role].step(self.part, event))
 
     def take(self, step: PartStep) -> None:
+        before = self.part
         self.part, effects = step
+        if _lasting(self.part) != _lasting(before) or self.part.stage == "arming":
+            self._owner._keep(self)  # noqa: SLF001 - one class in two
         for effect in effects:
             if isinstance(effect, m.Say):
                 self._owner._say(effect.report)  # noqa: SLF001 - one class in two
@@ -200,6 +238,11 @@ class _Running:
 
     async def _one(self, effect: m.Do) -> None:
         self.event(await self._owner._perform(self, effect))  # noqa: SLF001
+
+
+def _lasting(part: Part) -> Part:
+    """A part without what changes every few milliseconds."""
+    return msgspec.structs.replace(part, memory=Memory())
 
 
 class _Performer:

@@ -25,12 +25,16 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Hello(Message, frozen=True, kw_only=True, tag=True):
-    """First on a connection: who is here, and which revision of each VN it has in its kernel."""
+    """First on a connection: who is here, and which revision of each VN it has in its kernel.
+
+    `vms`: the copies of VMs on this host and their states; `moves`: those it has a part in.
+    """
 
     protocol: int
     host: Host
     known: dict[str, int]
     vms: dict[str, str]
+    moves: tuple[str, ...] = ()
 
 
 class Ack(Message, frozen=True, kw_only=True, tag=True):
