@@ -168,19 +168,25 @@ def daemon(lab: Topology, host: LabHost) -> int:
     """Start one daemon inside its namespace, in a session of its own; returns its pid."""
     role = "nva" if host is lab.nva else "nve"
     config = lab.folder / f"{host.name}.toml"
-    with (lab.folder / f"{host.name}.log").open("ab") as log:
-        process = subprocess.Popen(
-            [
-                *("nsenter", f"--net={NETNS / host.namespace}"),
-                *(sys.executable, "-m", "overland", role, "run", "--config", str(config)),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    (lab.folder / f"{host.name}.pid").write_text(str(process.pid))
-    return process.pid
+    command = [
+        *("nsenter", f"--net={NETNS / host.namespace}"),
+        *(sys.executable, "-m", "overland", role, "run", "--config", str(config)),
+    ]
+    log = str(lab.folder / f"{host.name}.log")
+    to_log = (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    pid = os.posix_spawnp(
+        command[0],
+        command,
+        os.environ,
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            to_log,
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsid=True,
+    )
+    (lab.folder / f"{host.name}.pid").write_text(str(pid))
+    return pid
 
 
 def restart(lab: Topology, name: str) -> None:

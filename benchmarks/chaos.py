@@ -1,0 +1,83 @@
+"""Every fault in every phase of a real move, again and again; prints the matrix, writes JSON.
+
+Exit code 1 when the contract of tests/lab/chaos.py was broken once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.lab.chaos import Fault, Lab, ok
+
+PHASES = ("planned", "precopy", "paused", "equal", "committed", "converging", "drained")
+FAULTS = (
+    *(Fault("daemon", who) for who in ("old", "new", "peer", "nva")),
+    Fault("copy", "new"),
+    Fault("copy", "old"),
+    *(Fault("link", who, seconds) for who in ("old", "new", "peer") for seconds in (1.0, 5.0)),
+    Fault("link", "old", 30.0),
+    Fault("link", "new", 30.0),
+    Fault("link", "peer", 30.0),
+)
+
+
+def attempt(lab: Lab, phase: str, fault: Fault) -> dict[str, Any]:
+    """One fault in one move: what came of it."""
+    began_s = time.monotonic()
+    try:
+        receipt = lab.break_a_move(phase, fault)
+        lab.until_ready()
+    except AssertionError as error:
+        return {"phase": phase, "fault": str(fault), "violations": [str(error)], "outcome": "?"}
+    # A killed QEMU takes its VM along: that is the VM's end, not the move's.
+    killed = {"old": receipt["old_nve"], "new": receipt["new_nve"]}.get(fault.who)
+    final = receipt["new_nve"] if receipt["outcome"] == "moved" else receipt["old_nve"]
+    lives = not (fault.kind == "copy" and killed == final)
+    violations = lab.violations(receipt, vm_lives=lives)
+    if not lives:
+        ok("vm", "stop", lab.vm)
+        ok("vm", "start", lab.vm)
+    return {
+        "phase": phase,
+        "fault": str(fault),
+        "outcome": receipt["outcome"],
+        "reason": receipt["reason"],
+        "stop_ms": receipt["vm_stop_ms"],
+        "seconds": round(time.monotonic() - began_s, 1),
+        "violations": violations,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--phases", default=",".join(PHASES))
+    parser.add_argument("--faults", default="", help="only those whose name contains this")
+    parser.add_argument("--out", type=Path, default=Path("out/bench-chaos.json"))
+    options = parser.parse_args()
+    lab = Lab("chaos")
+    lab.up("ov.dirty=16,10")
+    results = []
+    try:
+        for phase in options.phases.split(","):
+            for fault in FAULTS:
+                if options.faults in str(fault):
+                    results.append(attempt(lab, phase, fault))
+                    print(json.dumps(results[-1]), flush=True)
+    finally:
+        lab.down()
+    broken = [each for each in results if each["violations"]]
+    print(f"{len(results)} faults, {len(broken)} broke the contract")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(results, indent=1))
+    sys.exit(bool(broken))
+
+
+if __name__ == "__main__":
+    main()
