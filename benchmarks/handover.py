@@ -1,4 +1,4 @@
-"""30 hot moves in a row under numbered streams both ways; prints a table, writes JSON."""
+"""30 hot moves in a row under numbered streams both ways, beside a plain bridge and QEMU alone."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import plain
+
 OVERLAND = str(Path(sys.executable).parent / "overland")
 LAB = "bench"
+DIRTY = "ov.dirty=32,20"
 HOSTS = ("h1", "h2", "h3")
 
 
@@ -37,8 +41,32 @@ def prepare() -> None:
         )
     overland(
         *("vm", "create", "web", "--host", "h1", "--memory", "128MiB"),
-        *("--network", "blue,ipv4=10.42.0.5,ipv6=fd42::5", "--append", "ov.dirty=32,20"),
+        *("--network", "blue,ipv4=10.42.0.5,ipv6=fd42::5", "--append", DIRTY),
     )
+
+
+def restart_under_traffic(rate: int) -> dict[str, Any]:
+    """Kill and restart every NVE daemon, one after the other, under streams."""
+    overland("probe", "start", "web", "--lab", LAB, "--rate", str(rate))
+    for host in HOSTS:
+        overland("lab", "restart", host, "--name", LAB)
+        time.sleep(2)
+    verdict = overland("probe", "stop", "--lab", LAB, "-o", "json", check=False)
+    return dict(verdict["total"])
+
+
+def moves_under_traffic(moves: int, rate: int, back: int) -> dict[str, Any]:
+    """Move the VM around and around; the verdict and all receipts."""
+    overland(
+        *("probe", "start", "web", "--lab", LAB),
+        *("--rate", str(rate), "--rate-from-vm", str(back)),
+    )
+    receipts = [
+        overland("vm", "migrate", "web", "--to", HOSTS[(n + 1) % 3], "-o", "json", check=False)
+        for n in range(moves)
+    ]
+    verdict = overland("probe", "stop", "--lab", LAB, "-o", "json", check=False)
+    return {"total": verdict["total"], "receipts": receipts}
 
 
 def quantile(values: list[float], part: float) -> float:
@@ -46,39 +74,69 @@ def quantile(values: list[float], part: float) -> float:
     return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
 
 
+def spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    return f"{statistics.median(values):.1f} / {quantile(values, 0.99):.1f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--moves", type=int, default=30)
     parser.add_argument("--rate", type=int, default=5000)
     parser.add_argument("--rate-from-vm", type=int)
+    parser.add_argument("--no-plain", action="store_true", help="without the plain bridge")
     parser.add_argument("--out", type=Path, default=Path("out/bench-handover.json"))
     options = parser.parse_args()
+    back = options.rate if options.rate_from_vm is None else options.rate_from_vm
     prepare()
     try:
-        back = str(options.rate if options.rate_from_vm is None else options.rate_from_vm)
-        overland(
-            *("probe", "start", "web", "--lab", LAB),
-            *("--rate", str(options.rate), "--rate-from-vm", back),
-        )
-        receipts = [
-            overland("vm", "migrate", "web", "--to", HOSTS[(n + 1) % 3], "-o", "json", check=False)
-            for n in range(options.moves)
-        ]
-        verdict = overland("probe", "stop", "--lab", LAB, "-o", "json", check=False)
+        ours = moves_under_traffic(options.moves, options.rate, back)
+        restarts = restart_under_traffic(options.rate)
     finally:
         overland("lab", "down", "--name", LAB)
-    total = verdict["total"]
-    print(f"{options.moves} moves at {options.rate} packets/s each way, IPv4 and IPv6, 3 peers")
-    for key in ("sent", "received", "lost", "duplicated", "out_of_order"):
-        print(f"  {key:32} {total[key]}")
-    moved = [each for each in receipts if each["outcome"] == "moved"]
-    print(f"  {'moved':32} {len(moved)}")
-    for key in ("vm_stop_ms", "network_gap_ms", "last_redirected_after_commit_ms", "total_ms"):
-        values = [each[key] for each in moved if each[key] is not None]
-        median, worst = statistics.median(values), quantile(values, 0.99)
-        print(f"  {key:32} median {median:8.1f}   p99 {worst:8.1f}")
+    theirs = None if options.no_plain else plain.measure(options.moves, options.rate, back, DIRTY)
+    report(ours, restarts, theirs, options.rate, back)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"verdict": verdict, "receipts": receipts}, indent=1))
+    result = {"overland": ours, "restarts": restarts, "plain": theirs}
+    options.out.write_text(json.dumps(result, indent=1))
+
+
+def report(
+    ours: dict[str, Any],
+    restarts: dict[str, Any],
+    theirs: dict[str, Any] | None,
+    rate: int,
+    back: int,
+) -> None:
+    """One table: overland beside plain bridge, flood and learn, and QEMU alone."""
+    moved = [each for each in ours["receipts"] if each["outcome"] == "moved"]
+    print(
+        f"{len(ours['receipts'])} moves, {rate} packets/s to the VM and {back} from it, "
+        "IPv4 and IPv6, correspondents on three hosts"
+    )
+    print(f"{'':44}{'overland':>18}{'plain bridge, QEMU':>22}")
+
+    def row(what: str, mine: Any, other: Any = "-") -> None:
+        print(f"{what:44}{mine!s:>18}{other!s:>22}")
+
+    row("moved", len(moved), len(theirs["stops_ms"]) if theirs else "-")
+    for key in ("sent", "lost", "duplicated", "out_of_order"):
+        row(key, ours["total"][key], theirs["total"][key] if theirs else "-")
+    stops = [each["vm_stop_ms"] for each in moved]
+    row("VM stop, ms (median / p99)", spread(stops), spread(theirs["stops_ms"]) if theirs else "-")
+    if theirs:
+        ratio = statistics.median(stops) / statistics.median(theirs["stops_ms"])
+        row("VM stop, overland to QEMU alone (medians)", f"{ratio:.2f}")
+    for key, what in (
+        ("network_gap_ms", "network gap beyond the stop, ms"),
+        ("last_redirected_after_commit_ms", "last redirected after commit, ms"),
+        ("tunnel_closed_after_commit_ms", "tunnel closed after commit, ms"),
+        ("total_ms", "whole move, ms"),
+    ):
+        row(what, spread([each[key] for each in moved if each[key] is not None]))
+    lost = restarts["lost"], restarts["duplicated"], restarts["out_of_order"]
+    row("3 NVE restarts: lost, doubled, disordered", "{}, {}, {}".format(*lost))
 
 
 if __name__ == "__main__":

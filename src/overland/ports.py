@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Literal, Protocol
 
 from overland.model.cluster import Record, Vm
+from overland.model.handover import MovingPort
 from overland.model.handover import Transfer as Transfer
 from overland.model.nve import KernelState, Op, OpFailure
 
@@ -189,6 +190,10 @@ class HandoverPath(Protocol):
 
         KernelFailure when none comes: the path is not ready.
         """
+        ...
+
+    async def sweep(self, ports: frozenset[MovingPort]) -> None:
+        """Remove the tunnels and queues of moves, but for those of `ports`."""
         ...
 
     async def count_port(self, port: str) -> GateCounters: ...

@@ -20,7 +20,7 @@ from overland.api.rest import create_app
 from overland.config import NvaConfig
 from overland.daemon import inside, run_first
 from overland.mobility import coordinator
-from overland.mobility.messages import AnyOrder
+from overland.mobility.messages import AnyOrder, AnyReport, Close, Closed, Failed, Progress
 from overland.model.cluster import Mapping, Refused, Vm
 from overland.model.handover import ENDED, Handover, Options
 from overland.model.receipt import receipt
@@ -100,13 +100,21 @@ class Domain:
         self.handovers.back(host)
         for move in hello.moves:
             self._settle(host, move)
-        self._compare(host, hello.vms)
+        if not hello.moves:
+            self._compare(host, hello.vms)
 
     def _settle(self, host: str, move_id: str) -> None:
-        """An NVE still has a part in a move that has ended: tell it how."""
-        if self.handovers.record(move_id) is None:
-            for order in last_orders(self.authority.move(move_id), move_id, host):
+        """An NVE still has a part in a move that has ended: tell it how (HO-21)."""
+        record = self.authority.move(move_id)
+        if self.handovers.record(move_id) is None and record is not None:
+            for order in last_orders(record, host):
                 self._tell(host, order)
+
+    def _ended_report(self, host: str, report: AnyReport) -> None:
+        """A straggler has come to where it may close."""
+        record = self.authority.move(report.move)
+        if record is not None and not isinstance(report, Closed | Failed | Progress):
+            self._tell(host, Close(move=report.move))
 
     def _compare(self, host: str, copies: dict[str, str]) -> None:
         """What an NVE has against the records: the record's version decides (R-14)."""
@@ -134,7 +142,8 @@ class Domain:
             case w.Ack():
                 self._acknowledged(host, message)
             case w.MoveReport(report=report):
-                self.handovers.report(report)
+                if not self.handovers.report(report):
+                    self._ended_report(host, report)
             case w.VmAnswer(id=number, failure=failure):
                 waiting = self._answers.pop(number, None)
                 if waiting is not None and not waiting.done():

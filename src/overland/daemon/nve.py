@@ -22,7 +22,7 @@ from overland.dataplane.nftables import Nftables
 from overland.dataplane.preflight import blockers, underlay_mtu
 from overland.dataplane.tap import TapTable
 from overland.hypervisor.qemu import QemuHypervisor
-from overland.mobility.messages import AnyReport
+from overland.mobility.messages import AnyOrder, AnyReport, PrepareNew, PrepareOld, PreparePeer
 from overland.model.cluster import Host, Vm
 from overland.model.names import port_name
 from overland.model.nve import NveIntent, VnIntent
@@ -62,7 +62,7 @@ class Nve:
         self._vns: dict[str, VnIntent] = {}
         self._known: dict[str, int] = {}
         self._states: dict[str, str] = {}
-        self._pushes: asyncio.Queue[w.VnPush] = asyncio.Queue()
+        self._turns: asyncio.Queue[w.VnPush | AnyOrder] = asyncio.Queue()
         self._tasks: set[asyncio.Task[Any]] = set()
         context = tls.context(
             Path(config.tls.ca), Path(config.tls.certificate), Path(config.tls.key), server=False
@@ -76,7 +76,7 @@ class Nve:
             if part.vm is not None and part.vm.name in self._states:
                 for port in part.ports:
                     self._adopt(part.vm.name, port.port)
-        self._handovers.resume()
+        await self._handovers.resume()
         self._host = await self._facts()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._agent.run())
@@ -125,7 +125,10 @@ class Nve:
     def _heard(self, message: w.FromNva) -> None:
         match message:
             case w.VnPush():
-                self._pushes.put_nowait(message)
+                self._turns.put_nowait(message)
+            case w.MoveOrder(order=(PrepareNew() | PrepareOld() | PreparePeer()) as order):
+                # What it stands on was pushed before: it waits until the kernel has that.
+                self._turns.put_nowait(order)
             case w.MoveOrder(order=order):
                 self._handovers.order(order)
             case w.VmOrder():
@@ -145,7 +148,10 @@ class Nve:
     async def _apply(self) -> None:
         """Bring each push into the kernel, then acknowledge it (HO-12)."""
         while True:
-            push = await self._pushes.get()
+            push = await self._turns.get()
+            if not isinstance(push, w.VnPush):
+                self._handovers.order(push)
+                continue
             if push.revision <= self._known.get(push.network, 0):
                 continue
             if push.intent is None:

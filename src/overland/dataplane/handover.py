@@ -34,12 +34,14 @@ from overland.dataplane.gate import (
 from overland.dataplane.gates import Gates
 from overland.dataplane.hold import HoldQueue, Injector, rescue
 from overland.dataplane.tap import TapTable, read_frames, ring_empty, vnet_header_bytes
+from overland.model.handover import MovingPort
 from overland.model.names import bridge_name, hold_name, mark, tunnel_name, vni_of
 from overland.ports import GateCounters, KernelFailure, Tunnel
 
 TUNNEL_PORT = 4788
 """UDP port of handover tunnels, apart from the VNs' own (4789), so that identifiers never clash."""
 
+_OF_MOVES = (mark("tunnel", ""), mark("hold", ""))
 _HOLD_MTU = 65000
 PLUG = bytes(12) + PATH_FRAME.to_bytes(2, "big") + bytes(46)
 """To nobody, from nobody: whatever a hypervisor makes of it, no guest takes it (HO-8)."""
@@ -270,9 +272,15 @@ class LinuxHandoverPath:
     async def cross(self, device: str, remote: str, timeout_s: float) -> float:
         return await pathframe.probe(device, vni_of(device), remote, timeout_s)
 
-    def listen(self, device: str) -> None:
-        """Answer path frames on VN device `device` from now on."""
-        self._respond_on(device)
+    async def sweep(self, ports: frozenset[MovingPort]) -> None:
+        kept = {tunnel_name(port.tunnel) for port in ports}
+        kept |= {hold_name(port.port, "") for port in ports}
+        kept |= {hold_name(port.device, port.mac) for port in ports}
+        async for message in await self._ip.get_links():
+            alias = message.get_attr("IFLA_IFALIAS") or ""
+            name = message.get_attr("IFLA_IFNAME")
+            if alias.startswith(_OF_MOVES) and name not in kept:
+                await self._delete(name)
 
     # ------------------------------------------------------------ how
 

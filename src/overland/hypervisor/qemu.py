@@ -33,6 +33,7 @@ from overland.ports import HypervisorFacts, HypervisorFailure, RunState
 OLDEST = (7, 2)
 CONNECT_LIMIT_S = 10.0
 STOP_LIMIT_S = 5.0
+CANCEL_LIMIT_S = 0.5
 UNLIMITED_BYTES_PER_S = 1 << 40
 PACED_BYTES_PER_S = 256 << 20
 UNLIMITED_DOWNTIME_MS = 2_000_000
@@ -403,7 +404,14 @@ class QemuHypervisor:
 
     async def cancel(self, vm: str) -> None:
         machine = self._machine(vm)
-        await self._do(machine, "migrate_cancel")
+        try:
+            async with asyncio.timeout(CANCEL_LIMIT_S):
+                await self._do(machine, "migrate_cancel")
+        except TimeoutError:
+            # QEMU stands still until the network takes what it writes: cut it off (out of band).
+            channels = {"instances": [{"type": "migration"}]}
+            with contextlib.suppress(QMPError):
+                await machine.client.execute("yank", channels, oob=True)
         deadline_s = time.monotonic() + STOP_LIMIT_S
         while (await self.transfer(vm)).status in ("setup", "active"):
             if time.monotonic() > deadline_s:

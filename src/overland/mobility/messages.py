@@ -265,6 +265,10 @@ class MakeTunnel(Do, frozen=True, kw_only=True, tag=True):
     to: str
 
 
+class Forget(Do, frozen=True, kw_only=True, tag=True):
+    """Remove what a former move's crash may have left of tunnel, queues and gate entries."""
+
+
 class ArmPorts(Do, frozen=True, kw_only=True, tag=True):
     pass
 

@@ -28,6 +28,7 @@ from overland.mobility.messages import (
     Do,
     Done,
     Failed,
+    Forget,
     GiveBack,
     GivenBack,
     HoldPorts,
@@ -55,10 +56,15 @@ from overland.mobility.nve import RESTARTED, Part, PartStep, to
 
 
 def begin(part: Part) -> PartStep:
-    """Make the place: port, tunnel, gates, and an empty paused copy."""
+    """Make the place: port, tunnel, gates, and an empty paused copy.
+
+    First what a crash may have left goes: a copy that is here now is an old one.
+    """
     return to(
         part,
         "arming",
+        Forget(),
+        StopCopy(),
         ArmPorts(),
         QuietPorts(),
         MakeTunnel(to="old"),

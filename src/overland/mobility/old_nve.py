@@ -29,6 +29,7 @@ from overland.mobility.messages import (
     Failed,
     FinishSend,
     Force,
+    Forget,
     HoldPorts,
     MakeTunnel,
     MuteBroadcast,
@@ -59,8 +60,8 @@ DRAIN_LIMIT_S = 0.05
 
 
 def begin(part: Part) -> PartStep:
-    """Arm: nothing that a tenant could notice changes."""
-    return to(part, "arming", MakeTunnel(to="new"), ArmPorts(), ProvePath(to="new"))
+    """Arm: nothing that a tenant could notice changes. First what a crash may have left goes."""
+    return to(part, "arming", Forget(), MakeTunnel(to="new"), ArmPorts(), ProvePath(to="new"))
 
 
 def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per transition
@@ -97,6 +98,10 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             return to(part, "closed", Say(report=said))
         case _, Restore() if not part.retired and part.stage not in ("closing", "closed"):
             return _restore(part)
+        case "returning", Broken(effect=effect) if effect not in ("ResumeVm", "vm"):
+            # The VM runs on whatever else fails; what waits goes to it as far as it can.
+            rest = (ReleaseInto(tunnel=False),) if effect != "ReleaseInto" else ()
+            return part, (*rest, ResumeVm())
         case "returning", Done(effect="ResumeVm") | Broken():
             # A VM that cannot run any more has crashed: the agent reports that as its state.
             part = msgspec.structs.replace(part, stage="returned")

@@ -19,6 +19,7 @@ from overland.mobility.messages import (
     Do,
     Done,
     Failed,
+    Forget,
     NveEvent,
     Prepared,
     ProvePath,
@@ -34,7 +35,7 @@ from overland.mobility.nve import Part, PartStep, to
 
 def begin(part: Part) -> PartStep:
     """Pre-place the mapping and prove that a frame gets to the new NVE."""
-    return to(part, "arming", ArmPeers(), ProvePath(to="new"))
+    return to(part, "arming", Forget(), ArmPeers(), ProvePath(to="new"))
 
 
 def step(part: Part, event: NveEvent) -> PartStep:

@@ -70,8 +70,9 @@ class Handovers:
         task = asyncio.create_task(move.run())
         task.add_done_callback(lambda _: self._open.pop(record.id, None))
 
-    def report(self, report: m.AnyReport) -> None:
-        self._post(report.move, report)
+    def report(self, report: m.AnyReport) -> bool:
+        """Take a report; False when its move is not open."""
+        return self._post(report.move, report)
 
     def acknowledged(self, nve: str, vm: str, version: int) -> None:
         """NVE `nve` has `vm`'s mappings of at least `version` in its kernel."""
@@ -181,19 +182,15 @@ class _Move:
                 self._tell(effect.nve, effect.order)
 
 
-def last_orders(record: Handover | None, move: str, nve: str) -> tuple[m.AnyOrder, ...]:
-    """What an NVE is told that still has a part in a move which has ended.
+def last_orders(record: Handover, nve: str) -> tuple[m.AnyOrder, ...]:
+    """What NVE `nve` is told that still has a part in a move which has ended as `record` says.
 
-    Of a move that nobody knows nothing is said: only its record tells who has the VM.
+    What takes time there is answered by a report, and that by Close.
     """
-    close = m.Close(move=move)
-    if record is None:
-        return ()
+    move, version, close = record.id, record.version, m.Close(move=record.id)
     moved = record.outcome == "moved"
     if nve == record.old_nve:
-        retire = m.Retire(move=move, version=record.version)
-        return (retire if moved else m.Restore(move=move), close)
+        return (m.Retire(move=move, version=version), close) if moved else (m.Restore(move=move),)
     if nve == record.new_nve:
-        activate = m.Activate(move=move, version=record.version)
-        return (activate if moved else m.GiveBack(move=move), close)
+        return (m.Activate(move=move, version=version) if moved else m.GiveBack(move=move), close)
     return (close,)

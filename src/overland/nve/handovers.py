@@ -90,9 +90,12 @@ class Handovers:
         """The parts that a former daemon left in the journal."""
         return [kept.part for kept in self._journal.load()]
 
-    def resume(self) -> None:
-        """After a restart: go on with every part in the journal."""
-        for kept in self._journal.load():
+    async def resume(self) -> None:
+        """After a restart: go on with every part in the journal, and sweep what belongs to none."""
+        kept_parts = self._journal.load()
+        ports = [port for kept in kept_parts for port in kept.part.ports]
+        await self._path.sweep(frozenset(ports))
+        for kept in kept_parts:
             self._running[kept.part.move] = _Running(self, kept.part, kept.base_version)
         self._publish()
         for running in list(self._running.values()):
@@ -149,10 +152,21 @@ class Handovers:
                 part = Part(move=order.move, nve=self._nve, role="peer", vm=None, ports=ports)
             case _:
                 assert_never(order)
+        self._forget_former(part)
         running = _Running(self, part, order.version)
         self._running[order.move] = running
         self._publish()
         running.take(_MACHINES[part.role].begin(part))
+
+    def _forget_former(self, part: Part) -> None:
+        """The NVA opens one move of a VM at a time: a part in a former one is a straggler's."""
+        ports = {port.port for port in part.ports}
+        for move, running in list(self._running.items()):
+            if ports & {port.port for port in running.part.ports}:
+                log.warning("move %s has begun: the part in move %s is void", part.move, move)
+                running.void()
+                self._running.pop(move)
+                self._journal.forget(move)
 
     def _publish(self) -> None:
         self._ground.moving(
@@ -209,6 +223,12 @@ class _Running:
         if isinstance(event, m.Broken | m.GiveBack | m.Restore):
             self._queue.clear()
         self.take(_MACHINES[self.part.role].step(self.part, event))
+
+    def void(self) -> None:
+        """Do nothing any more."""
+        self._queue.clear()
+        for task in (*self._beside, *((self._worker,) if self._worker else ())):
+            task.cancel()
 
     def take(self, step: PartStep) -> None:
         before = self.part
@@ -404,12 +424,19 @@ class _Performer:
         packets = Packets()
         for port in self._part.ports:
             packets = await self._count(port, packets)
-            if self._part.role != "peer":
-                await self._path.close_tunnel(port.port, self._tunnel(port))
-                await self._path.disarm_port(port.port)
-            if self._part.role != "old":
-                await self._path.disarm_peer(port.device, port.mac)
+            await self._remove(port)
         return m.Done(effect="CleanUp", packets=packets)
+
+    async def _Forget(self, _: m.Do) -> None:
+        for port in self._part.ports:
+            await self._remove(port)
+
+    async def _remove(self, port: MovingPort) -> None:
+        if self._part.role != "peer":
+            await self._path.close_tunnel(port.port, self._tunnel(port))
+            await self._path.disarm_port(port.port)
+        if self._part.role != "old":
+            await self._path.disarm_peer(port.device, port.mac)
 
     async def _count(self, port: MovingPort, so_far: Packets) -> Packets:
         """Add this NVE's own counts for one interface: each frame is counted at one NVE."""
