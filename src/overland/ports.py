@@ -268,6 +268,14 @@ class Hypervisor(Protocol):
 
     async def pause(self, vm: str) -> int: ...
 
+    async def suspend(self, vm: str) -> None:
+        """Save the VM's whole state on this host and end its process."""
+        ...
+
+    async def wake(self, vm: Vm, ports: Sequence[str]) -> None:
+        """Run a suspended VM on from its saved state."""
+        ...
+
     async def stop(self, vm: str) -> None:
         """End the process; content with absence."""
         ...

@@ -179,6 +179,21 @@ def test_a_fenced_peer_is_not_waited_for_and_is_named() -> None:
     assert record.close_reason == f"all peers acknowledged; fenced: {PEER}"
 
 
+def test_a_fenced_peer_that_comes_back_while_others_close_is_told_to_close() -> None:
+    """HO-21 (seen in the chaos runs): else its part and its queue stay for ever."""
+    record = in_phase("converging")
+    for nve in (OLD, NEW):
+        record, _ = step(record, m.Acknowledged(nve=nve, at_ns=60), 0.0, 1)
+    record, _ = step(record, m.Lost(nve=PEER), 0.0, 1)
+    record, _ = step(record, m.Tick(), LATE_S, 1)
+    record, effects = step(record, m.Back(nve=PEER), LATE_S, 1)
+    assert effects == (m.Tell(nve=PEER, order=m.Close(move="m1")),)
+    for nve in (OLD, NEW, PEER):
+        assert record.phase == "drained"
+        record, _ = step(record, m.Closed(move="m1", nve=nve), LATE_S, 1)
+    assert (record.phase, record.outcome) == ("closed", "moved")
+
+
 orders = st.lists(
     st.sampled_from(
         [

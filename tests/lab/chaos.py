@@ -6,6 +6,7 @@ the NVA says, every tenant address leads to it, and nothing of the move is left 
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -129,11 +130,11 @@ class Lab:
         return found
 
     def running(self) -> set[str]:
-        """Hosts where a copy executes instructions: its busy guest has used time just now."""
-        before = {host: _cpu_ticks(pid) for host, pid in self.copies().items()}
-        time.sleep(0.4)
-        after = {host: _cpu_ticks(pid) for host, pid in self.copies().items()}
-        return {host for host in after if after[host] > before.get(host, 0) + 1}
+        """Hosts where a copy executes instructions: its virtual CPUs have used time just now."""
+        before = {host: _guest_ns(pid) for host, pid in self.copies().items()}
+        time.sleep(0.5)
+        after = {host: _guest_ns(pid) for host, pid in self.copies().items()}
+        return {host for host in after if after[host] > before.get(host, 0) + 100_000}
 
     def litter(self) -> list[str]:
         """Devices of moves, in any host's namespace."""
@@ -247,12 +248,14 @@ class Lab:
         return found
 
 
-def _cpu_ticks(pid: int) -> int:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return 0
-    return int(fields[11]) + int(fields[12])
+def _guest_ns(pid: int) -> int:
+    """Time that the threads of a QEMU have used, but for the first, which serves QMP."""
+    total = 0
+    for thread in Path(f"/proc/{pid}/task").glob("*"):
+        if thread.name != str(pid):
+            with contextlib.suppress(OSError):
+                total += int((thread / "schedstat").read_text().split()[0])
+    return total
 
 
 def _until_phase(api: str, move: str, phase: str) -> None:

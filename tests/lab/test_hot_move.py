@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +37,18 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         run("lab", "down", "--name", LAB)
         ok("lab", "up", "--name", LAB)
         try:
-            ok("network", "create", "blue", "--vni", "42", "--ipv4", "10.42.0.0/24")
-            for n in (1, 2, 3):
+            for name, vni, underlay in (("blue", 42, "ipv4"), ("green", 43, "ipv6")):
                 ok(
-                    *("lab", "endpoint", "add", f"p{n}", "--lab", LAB),
-                    *("--host", f"h{n}", "--network", "blue"),
+                    *("network", "create", name, "--vni", str(vni), "--underlay", underlay),
+                    *("--ipv4", f"10.{vni}.0.0/24", "--ipv6", f"fd{vni}::/64"),
                 )
-            ok("vm", "create", "web", "--network", "blue,ipv4=10.42.0.50", "--host", "h1")
+                for n in (1, 2, 3):
+                    ok(
+                        *("lab", "endpoint", "add", f"{name}{n}", "--lab", LAB),
+                        *("--host", f"h{n}", "--network", name),
+                    )
+            for name, network in (("web", "blue"), ("six", "green"), ("still", "blue")):
+                ok("vm", "create", name, "--network", network, "--host", "h1")
             yield
         finally:
             run("lab", "down", "--name", LAB)
@@ -48,15 +56,22 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     assert f"ovl-{LAB}-" not in left
 
 
-@pytest.mark.req("R-14")
+def peers(network: str) -> list[str]:
+    return [word for n in (1, 2, 3) for word in ("--peer", f"{network}{n}")]
+
+
+def lost_nothing(verdict: dict[str, Any]) -> None:
+    total = verdict["total"]
+    assert (total["lost"], total["duplicated"], total["out_of_order"]) == (0, 0, 0)
+    assert all(flow["problem"] == "" for flow in verdict["flows"])
+
+
 @pytest.mark.req("R-37")
 def test_a_vm_moves_around_under_traffic(lab: None) -> None:
-    ok("probe", "start", "web", "--rate", "600", "--lab", LAB)
+    ok("probe", "start", "web", "--rate", "600", "--lab", LAB, *peers("blue"))
     receipts = [ok("vm", "migrate", "web", "--to", host, "-o", "json") for host in ("h2", "h3")]
     verdict = json.loads(run("probe", "stop", "--lab", LAB, "-o", "json").stdout)
-    total = verdict["total"]
-    assert (total["duplicated"], total["out_of_order"]) == (0, 0)
-    assert all(flow["problem"] == "" for flow in verdict["flows"])
+    lost_nothing(verdict)
     for receipt, version in zip(receipts, (2, 3), strict=True):
         assert receipt["outcome"] == "moved"
         assert receipt["version"] == version
@@ -69,8 +84,110 @@ def test_a_vm_moves_around_under_traffic(lab: None) -> None:
         assert "ovm" not in links, "a tunnel is left"
 
 
+@pytest.mark.req("R-07")
+@pytest.mark.req("R-41")
+@pytest.mark.req("R-52")
+def test_inner_ipv4_ipv6_and_other_frames_move_over_an_ipv6_underlay(lab: None) -> None:
+    """One L2 move carries all three; there is no TCP whose end could be waited for (R-41)."""
+    sent = 1500
+    dropped = "cat /sys/class/net/eth0/statistics/rx_dropped"
+    before = int(ok("lab", "guest", "six", "--name", LAB, "--", dropped))
+    mac = ok("vm", "show", "six", "-o", "json")["interfaces"][0]["mac"]
+    ok("probe", "start", "six", "--rate", "600", "--no-tcp", "--lab", LAB, *peers("green"))
+    script = f"{sys.executable} -c '{SEND_OTHER}' {mac} {sent}"
+    other = subprocess.Popen(
+        ["ip", "netns", "exec", f"ovl-{LAB}-e-green3", "sh", "-c", script], text=True
+    )
+    receipt = ok("vm", "migrate", "six", "--to", "h2", "-o", "json")
+    assert other.wait(timeout=60) == 0
+    verdict = json.loads(run("probe", "stop", "--lab", LAB, "-o", "json").stdout)
+    lost_nothing(verdict)
+    assert {flow["id"].rpartition("/")[2] for flow in verdict["flows"]} == {"ipv4", "ipv6"}
+    after = int(ok("lab", "guest", "six", "--name", LAB, "--", dropped))
+    assert after - before == sent, "the guest drops, and counts, each frame it has no use for"
+    assert receipt["tunnel_close_reason"] == "all peers acknowledged"
+
+
+SEND_OTHER = """
+import socket, sys, time
+out = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+out.bind(("eth0", 0))
+to = bytes.fromhex(sys.argv[1].replace(":", ""))
+frame = to + bytes(5) + b"\\x02" + b"\\x88\\xb6" + bytes(46)
+for _ in range(int(sys.argv[2])):
+    out.send(frame)
+    time.sleep(0.001)
+"""
+"""Frames of no known protocol to a MAC address: 1,000 a second."""
+
+
+@pytest.mark.req("R-43")
+def test_the_detour_does_not_wait_for_a_neighbour_cache(lab: None) -> None:
+    """ARP and ND entries that live for hours change nothing: mappings come from the NVA."""
+    for n in (1, 2, 3):
+        for family in ("ipv4", "ipv6"):
+            ok(
+                *("lab", "exec", f"blue{n}", "--name", LAB, "--", "sysctl", "-q", "-w"),
+                f"net.{family}.neigh.eth0.base_reachable_time_ms=36000000",
+            )
+    ok("probe", "start", "web", "--rate", "600", "--lab", LAB, *peers("blue"))
+    receipt = ok("vm", "migrate", "web", "--to", elsewhere("web"), "-o", "json")
+    lost_nothing(json.loads(run("probe", "stop", "--lab", LAB, "-o", "json").stdout))
+    assert receipt["peers"]["acknowledged"] == receipt["peers"]["subscribed"] == 2
+    assert receipt["tunnel_close_reason"] == "all peers acknowledged"
+    assert receipt["packets"]["late"] <= receipt["packets"]["redirected"]
+
+
+def elsewhere(name: str) -> str:
+    return "h1" if ok("vm", "show", name, "-o", "json")["host"] != "h1" else "h2"
+
+
+def vm_state(name: str) -> str:
+    return str(ok("vm", "show", name, "-o", "json")["state"])
+
+
+@pytest.mark.req("R-48")
+def test_the_whole_life_of_a_vm(lab: None) -> None:
+    """Create, run, pause, resume, suspend, resume, move, stop, start, crash, start, delete."""
+    made = ok("vm", "create", "life", "--network", "blue", "--host", "h2", "-o", "json")
+    address = made["interfaces"][0]["ipv4"]
+    ping = ("lab", "exec", "blue3", "--name", LAB, "--", "ping", "-c1", "-W1", address)
+    ok("lab", "guest", "life", "--name", LAB, "--", "echo alive > /tmp/sign")
+    assert run(*ping).returncode == 0
+    ok("vm", "pause", "life")
+    assert (vm_state("life"), run(*ping).returncode) == ("paused", 1)
+    ok("vm", "resume", "life")
+    assert (vm_state("life"), run(*ping).returncode) == ("running", 0)
+    ok("vm", "suspend", "life")
+    assert (vm_state("life"), run(*ping).returncode) == ("suspended", 1)
+    assert run("vm", "migrate", "life", "--to", "h3").returncode == 3
+    ok("vm", "resume", "life")
+    assert ok("lab", "guest", "life", "--name", LAB, "--", "cat /tmp/sign") == "alive\n"
+    ok("vm", "migrate", "life", "--to", "h3")
+    assert ok("lab", "guest", "life", "--name", LAB, "--", "cat /tmp/sign") == "alive\n"
+    ok("vm", "stop", "life")
+    assert vm_state("life") == "shutdown"
+    assert run("vm", "pause", "life").returncode == 3
+    ok("vm", "start", "life")
+    assert vm_state("life") == "running"
+    pid = int(Path(f"/var/lib/overland/labs/{LAB}/run/h3/life/pid").read_text())
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: vm_state("life") == "crashed")
+    ok("vm", "start", "life")
+    ok("vm", "delete", "life")
+    assert run("vm", "show", "life").returncode == 3
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
 def test_memory_is_the_same_at_equality(lab: None) -> None:
-    receipt = ok("vm", "migrate", "web", "--to", "h1", "--verify", "-o", "json")
+    receipt = ok("vm", "migrate", "web", "--to", elsewhere("web"), "--verify", "-o", "json")
     assert receipt["outcome"] == "moved"
     assert len(receipt["memory"]["digest"]) == 64
 
@@ -80,14 +197,14 @@ def test_memory_is_the_same_at_equality(lab: None) -> None:
     [
         (("vm", "migrate", "web", "--to", "nowhere"), "unknown_host"),
         (("vm", "migrate", "nobody", "--to", "h2"), "unknown_vm"),
-        (("vm", "migrate", "web", "--to", "h1"), "same_host"),
+        (("vm", "migrate", "still", "--to", "h1"), "same_host"),
         (("network", "create", "red", "--vni", "42"), "vni_taken"),
         (("network", "create", "red", "--vni", "16777216"), "malformed"),
         (("network", "create", "red", "--vni", "7", "--ipv4", "10.0.0.1/24"), "malformed"),
         (("network", "create", "red", "--vni", "7", "--mtu", "9000"), "mtu_too_small"),
         (("network", "delete", "blue"), "in_use"),
         (("vm", "create", "web", "--network", "blue", "--host", "h1"), "exists"),
-        (("vm", "create", "x", "--network", "green", "--host", "h1"), "unknown_network"),
+        (("vm", "create", "x", "--network", "grey", "--host", "h1"), "unknown_network"),
         (
             ("vm", "create", "x", "--network", "blue", "--host", "h1", "--memory", "9GiB"),
             "not_enough_memory",

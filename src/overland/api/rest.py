@@ -52,7 +52,7 @@ class Service(Protocol):
 
 
 class VmWish(Record, frozen=True, kw_only=True):
-    """Body of POST /v1/vms. Addresses left out are chosen."""
+    """Body of POST /v1/vms. Addresses left out are chosen; `dry_run` shows them, no more."""
 
     name: str
     host: str
@@ -60,6 +60,7 @@ class VmWish(Record, frozen=True, kw_only=True):
     memory_mib: int = 128
     vcpus: int = 1
     boot: Boot = Boot()
+    dry_run: bool = False
 
 
 class MigrateWish(Record, frozen=True, kw_only=True):
@@ -185,13 +186,15 @@ def _machines(app: FastAPI, service: Service) -> None:
             vcpus=wish.vcpus,
             boot=wish.boot,
         )
+        if wish.dry_run:
+            return _json(authority.completed(made))
         return _json(await service.create_vm(made), 201)
 
     @app.post("/v1/vms/{name}/{action}")
     async def act(name: str, action: str, request: Request) -> JSONResponse:
         if action == "migrate":
             return await _migrate(service, name, await _body(request, MigrateWish))
-        if action not in ("start", "pause", "resume", "stop"):
+        if action not in ("start", "pause", "resume", "suspend", "stop"):
             why = f"there is no action {action}"
             raise Blocked([Refused(code="unknown_action", what=f"vm {name}", why=why)])
         return _json(await service.vm_action(name, action))

@@ -187,9 +187,7 @@ def _wait_attached(namespace: str) -> None:
     raise Failure("endpoint", "its interface did not come up", "not_attached")
 
 
-def lab_guest_boot(
-    client: Client, interfaces: list[dict[str, str]], append: str
-) -> tuple[list[dict[str, str]], dict[str, Any]]:
+def lab_guest_boot(client: Client, interfaces: list[dict[str, str]], append: str) -> dict[str, Any]:
     """The lab's own guest image for a VM that brings none, with its addresses to configure."""
     networks = {each["name"]: each for each in client.call("GET", "/v1/networks")}
     try:
@@ -205,9 +203,8 @@ def lab_guest_boot(
             if interface.get(family) and network.get(family)
         ]
         words.append(f"ov.ip={index},{','.join(parts) or '-'}")
-    boot = {
+    return {
         "kernel": str(image.kernel),
         "initrd": str(image.initrd),
         "append": " ".join([*words, append]).strip(),
     }
-    return interfaces, boot

@@ -66,9 +66,7 @@ def create(
     client = Client(api)
     interfaces = [spec(each) for each in network]
     boot: dict[str, Any] = {"image": image, "kernel": kernel, "initrd": initrd, "append": append}
-    if not image and not kernel:
-        interfaces, boot = lab_guest_boot(client, interfaces, append)
-    wish = {
+    wish: dict[str, Any] = {
         "name": name,
         "host": host,
         "interfaces": interfaces,
@@ -76,6 +74,12 @@ def create(
         "vcpus": vcpus,
         "boot": boot,
     }
+    if not image and not kernel:
+        # The lab's guest is told its addresses on its command line: they are chosen before.
+        wish |= {
+            "interfaces": client.call("POST", "/v1/vms", wish | {"dry_run": True})["interfaces"]
+        }
+        wish |= {"boot": lab_guest_boot(client, wish["interfaces"], append)}
     show(client.call("POST", "/v1/vms", wish), output)
 
 
@@ -100,7 +104,8 @@ def _action(action: str, meaning: str) -> None:
 for _verb, _meaning in (
     ("start", "Start a stopped VM."),
     ("pause", "Pause a running VM."),
-    ("resume", "Resume a paused VM."),
+    ("resume", "Resume a paused or suspended VM."),
+    ("suspend", "Save a VM's state on its host and end it; `resume` brings it back."),
     ("stop", "Stop a VM."),
 ):
     _action(_verb, _meaning)

@@ -24,6 +24,7 @@ from overland.mobility.messages import AnyOrder, AnyReport, Close, Closed, Faile
 from overland.model.cluster import Mapping, Refused, Vm
 from overland.model.handover import ENDED, Handover, Options
 from overland.model.receipt import receipt
+from overland.nva import rules
 from overland.nva.authority import Authority, Blocked
 from overland.nva.handovers import Handovers, last_orders
 from overland.nva.mapping import vn_intent
@@ -33,6 +34,14 @@ from overland.wire import messages as w
 from overland.wire import tls
 from overland.wire.server import WireServer
 
+_STATE_AFTER = {
+    "start": "running",
+    "resume": "running",
+    "wake": "running",
+    "pause": "paused",
+    "suspend": "suspended",
+    "stop": "shutdown",
+}
 VM_ORDER_LIMIT_S = 60.0
 REPAIR_LIMIT_S = 3.0
 NEGATIVE_100MS = 20
@@ -253,9 +262,20 @@ class Domain:
         vm = self.authority.vm(name)
         if vm.move is not None:
             raise Blocked([_refused("move_in_progress", f"vm {name}", "it is moving")])
-        await self._order(action, vm)
-        state = {"start": "running", "resume": "running", "pause": "paused", "stop": "shutdown"}
-        await self.authority.vm_state(name, state[action])
+        refused = rules.action_refused(vm, action)
+        if refused is not None:
+            raise Blocked([refused])
+        if action == "resume" and vm.state == "suspended":
+            action = "wake"
+        if action in ("start", "wake"):
+            # Its interfaces are in place before it runs (requirements.md 3.3).
+            await self.authority.vm_state(name, "preparing")
+        try:
+            await self._order(action, vm)
+        except Blocked:
+            await self.authority.vm_state(name, vm.state, vm.reason)
+            raise
+        await self.authority.vm_state(name, _STATE_AFTER[action])
         return self.authority.vm(name)
 
     async def delete_vm(self, name: str) -> None:

@@ -48,7 +48,10 @@ class Nve:
         nft.ensure()
         self._taps = taps
         self._hypervisor = QemuHypervisor(Path(config.run_dir), taps, config.qemu)
-        self._agent = Agent(LinuxKernel(ip, nft, gates, taps, config.hold_frames), announce)
+        self._agent = Agent(
+            LinuxKernel(ip, nft, gates, taps, config.hold_frames),
+            lambda port: announce(port, taps.fd(port.port)),
+        )
         self._handovers = Handovers(
             config.host,
             self._hypervisor,
@@ -62,7 +65,7 @@ class Nve:
         self._vns: dict[str, VnIntent] = {}
         self._known: dict[str, int] = {}
         self._states: dict[str, str] = {}
-        self._turns: asyncio.Queue[w.VnPush | AnyOrder] = asyncio.Queue()
+        self._turns: asyncio.Queue[w.VnPush | w.VmOrder | AnyOrder] = asyncio.Queue()
         self._tasks: set[asyncio.Task[Any]] = set()
         context = tls.context(
             Path(config.tls.ca), Path(config.tls.certificate), Path(config.tls.key), server=False
@@ -132,7 +135,7 @@ class Nve:
             case w.MoveOrder(order=order):
                 self._handovers.order(order)
             case w.VmOrder():
-                self._later(self._vm_order(message))
+                self._turns.put_nowait(message)
             case w.Unsupported(why=why):
                 log.warning("NVA does not understand: %s", why)
             case w.Welcome():
@@ -149,6 +152,9 @@ class Nve:
         """Bring each push into the kernel, then acknowledge it (HO-12)."""
         while True:
             push = await self._turns.get()
+            if isinstance(push, w.VmOrder):
+                self._later(self._vm_order(push))
+                continue
             if not isinstance(push, w.VnPush):
                 self._handovers.order(push)
                 continue
@@ -202,14 +208,16 @@ class Nve:
         does: dict[str, Callable[[], Awaitable[Any]]] = {
             "start": lambda: self._hypervisor.start(vm, ports),
             "pause": lambda: self._hypervisor.pause(vm.name),
+            "suspend": lambda: self._hypervisor.suspend(vm.name),
+            "wake": lambda: self._hypervisor.wake(vm, ports),
             "resume": lambda: self._hypervisor.resume(vm.name),
             "stop": lambda: self._hypervisor.stop(vm.name),
         }
-        if action == "start":
+        if action in ("start", "wake"):
             for port in ports:
                 await self._agent.ready(port)
         await does[action]()
-        states = {"start": "running", "pause": "paused", "resume": "running"}
+        states = {"start": "running", "wake": "running", "resume": "running", "pause": "paused"}
         if action in states:
             self._states[vm.name] = states[action]
         else:

@@ -7,10 +7,11 @@ tenants that cache a neighbour's port like to hear it.
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 
+from overland.dataplane.tap import vnet_header_bytes
 from overland.model.handover import MovingPort
-from overland.model.names import bridge_name
 
 ARP, RARP, IPV6 = 0x0806, 0x8035, 0x86DD
 BROADCAST = b"\xff" * 6
@@ -79,16 +80,16 @@ def announcements(mac: str, ipv4: str | None, ipv6: str | None) -> list[bytes]:
     return frames
 
 
-def announce(port: MovingPort) -> None:
-    """Tell the whole VN, and the ports of this host; OSError when a device is gone."""
+def announce(port: MovingPort, tap: int) -> None:
+    """Tell the other NVEs of the VN, and the tenants of this one; OSError when a device is gone.
+
+    To the other NVEs straight from the VXLAN device: the bridge keeps gratuitous ARP from it. To
+    the tenants here as if the VM had spoken, by its `tap`: so it does not hear of itself.
+    """
     frames = announcements(port.mac, port.ipv4, port.ipv6)
-    for device in (port.device, bridge_name(port.vni)):
-        send(device, frames)
-
-
-def send(device: str, frames: list[bytes]) -> None:
-    """Send `frames` out of `device`; OSError when it is gone."""
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
-        sock.bind((device, 0))
+        sock.bind((port.device, 0))
         for frame in frames:
             sock.send(frame)
+    for frame in frames:
+        os.write(tap, bytes(vnet_header_bytes(tap)) + frame)

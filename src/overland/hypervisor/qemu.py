@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -34,6 +35,8 @@ OLDEST = (7, 2)
 CONNECT_LIMIT_S = 10.0
 STOP_LIMIT_S = 5.0
 CANCEL_LIMIT_S = 0.5
+SAVE_LIMIT_S = 600.0
+_DONE = ("completed", "failed")
 UNLIMITED_BYTES_PER_S = 1 << 40
 PACED_BYTES_PER_S = 256 << 20
 UNLIMITED_DOWNTIME_MS = 2_000_000
@@ -320,7 +323,46 @@ class QemuHypervisor:
             return machine.resumed_ns or time.time_ns()
         return machine.resumed_ns
 
+    async def suspend(self, vm: str) -> None:
+        machine = self._machine(vm)
+        saved = self._saved(vm)
+        try:
+            saved.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise HypervisorFailure(f"{saved.parent}: {error.strerror}") from None
+        await self.pause(vm)
+        machine.migration = ""
+        await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
+        await self._do(
+            machine, "migrate-set-parameters", **{"max-bandwidth": UNLIMITED_BYTES_PER_S}
+        )
+        await self._do(machine, "migrate", uri=f"exec:cat > {shlex.quote(str(saved))}")
+        await self._wait(machine, "saved state", lambda: machine.migration in _DONE, SAVE_LIMIT_S)
+        if machine.migration == "failed":
+            saved.unlink(missing_ok=True)
+            await self.resume(vm)
+            raise HypervisorFailure(f"QEMU of {vm}: its state could not be saved (disk full?)")
+        await self._end(vm)
+
+    async def wake(self, vm: Vm, ports: Sequence[str]) -> None:
+        saved = self._saved(vm.name)
+        if not saved.exists():
+            raise HypervisorFailure(f"VM {vm.name} has no saved state here")
+        machine = await self._spawn(vm, ports, incoming=True)
+        await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
+        await self._do(machine, "migrate-incoming", uri=f"exec:cat {shlex.quote(str(saved))}")
+        await self.received(vm.name, SAVE_LIMIT_S)
+        await self.resume(vm.name)
+        saved.unlink()
+
+    def _saved(self, vm: str) -> Path:
+        return self._run_dir / "suspended" / vm
+
     async def stop(self, vm: str) -> None:
+        await self._end(vm)
+        self._saved(vm).unlink(missing_ok=True)
+
+    async def _end(self, vm: str) -> None:
         machine = self._machines.pop(vm, None)
         if machine is None:
             return
@@ -396,8 +438,7 @@ class QemuHypervisor:
 
     async def received(self, vm: str, timeout_s: float) -> int:
         machine = self._machine(vm)
-        done = ("completed", "failed")
-        await self._wait(machine, "whole copy", lambda: machine.migration in done, timeout_s)
+        await self._wait(machine, "whole copy", lambda: machine.migration in _DONE, timeout_s)
         if machine.migration == "failed":
             raise HypervisorFailure(f"QEMU of {vm}: {self._last_word(vm)}")
         return time.time_ns()

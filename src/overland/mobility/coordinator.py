@@ -98,7 +98,7 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
         case Start():
             return _start(record, now_s)
         case Back(nve=nve):
-            return record, _outstanding(record, nve)
+            return _back(record, nve)
         case Prepared():
             return _prepared(record, event, now_s, now_ns)
         case Failed() | Abort() | CommitRefused() | Lost():
@@ -181,6 +181,15 @@ def _limit_s(record: Handover) -> float:
             return CLOSE_LIMIT_S
         case _:
             return STOPPED_LIMIT_S
+
+
+def _back(record: Handover, nve: str) -> Step:
+    """An NVE is there (again): it is no longer fenced, and takes its part in what is left."""
+    if nve in record.fenced:
+        fenced = tuple(each for each in record.fenced if each != nve)
+        waiting = record.waiting | {nve} if record.closing else record.waiting
+        record = msgspec.structs.replace(record, fenced=fenced, waiting=waiting)
+    return record, _outstanding(record, nve)
 
 
 def _outstanding(record: Handover, nve: str) -> tuple[CoordinatorEffect, ...]:

@@ -122,14 +122,19 @@ class Authority:
     async def create_vm(self, wish: Vm) -> Vm:
         """Record a VM with open addresses chosen; it is not started here."""
         async with self._lock:
-            vm = self._completed(wish)
-            _stop_if(rules.vm_blockers(self.cluster, vm))
+            vm = self.completed(wish)
             await self._write({f"vm/{vm.name}": vm})
             self.cluster.vms[vm.name] = vm
         self._changed(frozenset(each.network for each in vm.interfaces))
         return vm
 
-    def _completed(self, wish: Vm) -> Vm:
+    def completed(self, wish: Vm) -> Vm:
+        """`wish` with everything chosen that it leaves open; Blocked when it may not be."""
+        vm = self._chosen(wish)
+        _stop_if(rules.vm_blockers(self.cluster, vm))
+        return vm
+
+    def _chosen(self, wish: Vm) -> Vm:
         chosen: list[Interface] = []
         for index, interface in enumerate(wish.interfaces):
             chosen.append(rules.completed(self.cluster, wish.name, index, interface))
@@ -158,6 +163,7 @@ class Authority:
             )
             await self._write({f"vm/{name}": changed})
             self.cluster.vms[name] = changed
+        self._changed(frozenset(each.network for each in vm.interfaces))
 
     def _vm(self, name: str) -> Vm:
         vm = self.cluster.vms.get(name)

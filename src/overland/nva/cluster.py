@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from overland.model.cluster import Endpoint, Host, Interface, Network, Record, Vm
+from overland.model.cluster import Endpoint, Host, Interface, Network, Record, Vm, VmState
 from overland.model.handover import Handover
+
+_AT_REST: tuple[VmState, ...] = ("shutdown", "suspended", "crashed")
+"""States in which a VM's interfaces are associated only: nothing from them, nothing to them."""
 
 
 class Tsi(Record, frozen=True, kw_only=True):
@@ -20,6 +23,7 @@ class Tsi(Record, frozen=True, kw_only=True):
     interface: Interface
     version: int
     namespace: str | None = None
+    active: bool = True
 
 
 @dataclass(slots=True)
@@ -44,6 +48,7 @@ class Cluster:
                     host=vm.host,
                     interface=interface,
                     version=vm.version,
+                    active=vm.state not in _AT_REST,
                 )
         for endpoint in self.endpoints.values():
             yield Tsi(

@@ -36,7 +36,9 @@ def vn_intent(cluster: Cluster, network: Network, host: str) -> VnIntent | None:
     if local is None:
         return None
     tsis = [tsi for tsi in cluster.tsis() if tsi.interface.network == network.name]
-    here = [_local(tsi, "activated") for tsi in tsis if tsi.host == host]
+    here = [
+        _local(tsi, "activated" if tsi.active else "associated") for tsi in tsis if tsi.host == host
+    ]
     here += [_local(tsi, "associated") for tsi in _coming(cluster, network, host, tsis)]
     return VnIntent(
         network=network.name,
@@ -63,7 +65,9 @@ def vn_intent(cluster: Cluster, network: Network, host: str) -> VnIntent | None:
                 version=tsi.version,
             )
             for tsi in tsis
-            if tsi.host != host and (address := _address(cluster, network, tsi.host)) is not None
+            if tsi.active
+            and tsi.host != host
+            and (address := _address(cluster, network, tsi.host)) is not None
         ),
     )
 

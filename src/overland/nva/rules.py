@@ -5,7 +5,15 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterator
 
-from overland.model.cluster import Endpoint, Host, Interface, Network, Refused, Vm
+from overland.model.cluster import (
+    Endpoint,
+    Host,
+    Interface,
+    Network,
+    Refused,
+    Vm,
+    VmState,
+)
 from overland.model.names import (
     OVERHEAD_BYTES,
     default_mac,
@@ -265,3 +273,21 @@ def _compatible(old: Host | None, new: Host, vm: Vm) -> Iterator[Refused]:
     if old is not None and old.accelerator != new.accelerator:
         why = f"it runs under {old.accelerator}, host {new.name} offers {new.accelerator}"
         yield _no("accelerator_differs", what, why)
+
+
+_FROM: dict[str, tuple[VmState, ...]] = {
+    "start": ("shutdown", "crashed"),
+    "pause": ("running",),
+    "resume": ("paused", "suspended"),
+    "suspend": ("running", "paused"),
+    "stop": ("running", "paused", "suspended", "crashed", "preparing"),
+}
+"""From which states an operator may ask for what (R-48)."""
+
+
+def action_refused(vm: Vm, action: str) -> Refused | None:
+    """Why `action` is not for a VM in this state; None when it is."""
+    if vm.state in _FROM[action]:
+        return None
+    why = f"it is {vm.state}; {action} needs {' or '.join(_FROM[action])}"
+    return _no("wrong_state", f"vm {vm.name}", why)

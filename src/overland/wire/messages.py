@@ -105,10 +105,13 @@ class MoveOrder(Message, frozen=True, kw_only=True, tag=True):
 
 
 class VmOrder(Message, frozen=True, kw_only=True, tag=True):
-    """Start, pause, resume or stop a VM; answered by VmAnswer with the same `id`."""
+    """Do something to a VM; answered by VmAnswer with the same `id`.
+
+    `suspend` saves its state on the host and ends it, `wake` runs it on from there.
+    """
 
     id: int
-    action: Literal["start", "pause", "resume", "stop"]
+    action: Literal["start", "pause", "resume", "suspend", "wake", "stop"]
     vm: Vm
 
 
