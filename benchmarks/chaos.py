@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,7 @@ def main() -> None:
     parser.add_argument("--faults", default="", help="only those whose name contains this")
     parser.add_argument("--out", type=Path, default=Path("out/bench-chaos.json"))
     options = parser.parse_args()
+    os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="chaos-")  # a context of our own
     lab = Lab("chaos")
     lab.up("ov.dirty=16,10")
     results = []

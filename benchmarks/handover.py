@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/bench-handover.json"))
     options = parser.parse_args()
     back = options.rate if options.rate_from_vm is None else options.rate_from_vm
+    os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="bench-")  # a context of our own
     prepare()
     try:
         ours = moves_under_traffic(options.moves, options.rate, back)

@@ -14,7 +14,7 @@ import typer
 
 from overland.cli.client import Client, write_context
 from overland.cli.options import Api, Output
-from overland.cli.output import Exit, Failure, Format, show
+from overland.cli.output import Exit, Failure, Format, done, show
 from overland.lab import console, guest
 from overland.lab import lab as labs
 from overland.lab.topology import LABS, Topology, endpoint_namespace, topology
@@ -65,18 +65,20 @@ def up(
 
 
 @lab.command("down")
-def down(name: Name = "lab") -> None:
+def down(name: Name = "lab", output: Output = Format.table) -> None:
     """Take a lab down, whatever is left of it."""
     try:
-        labs.down(name, LABS / name)
-    except labs.LabFailure as error:
+        found = labs.down(_topology(name, 1).name, LABS / name)
+    except (labs.LabFailure, OSError) as error:
         raise _failure(error) from None
+    done({"removed": found}, output)
 
 
 @lab.command("restart")
 def restart(
     daemon: Annotated[str, typer.Argument(help="nva, or a host's name for its NVE")],
     name: Name = "lab",
+    output: Output = Format.table,
 ) -> None:
     """Kill one daemon (SIGKILL) and start it anew; VMs and traffic go on."""
     hosts = len(_status(name)["hosts"]) if daemon != "nva" else 1
@@ -84,6 +86,7 @@ def restart(
         labs.restart(_topology(name, hosts), daemon)
     except (labs.LabFailure, OSError) as error:
         raise _failure(error) from None
+    done({"restarted": daemon}, output)
 
 
 def _status(name: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,9 +13,10 @@ import typer
 import uvloop
 from typer._click.exceptions import ClickException
 
-from overland.cli.client import write_context
+from overland.cli.client import Client, write_context
 from overland.cli.lab import lab
-from overland.cli.output import Exit, Failure, fail
+from overland.cli.options import Output
+from overland.cli.output import Exit, Failure, Format, done, fail
 from overland.cli.probe import probe
 from overland.cli.records import host, network
 from overland.cli.vm import migration, vm
@@ -39,6 +41,16 @@ for _name, _part in (
     ("probe", probe),
 ):
     app.add_typer(_part, name=_name)
+
+
+@app.callback()
+def everywhere(
+    api: Annotated[str | None, typer.Option("--api", help="URL of the NVA's API")] = None,
+) -> None:
+    """Move running virtual machines between hosts without losing a packet."""
+    if api is not None:
+        os.environ["OVERLAND_API"] = api
+
 
 ConfigFile = Annotated[Path, typer.Option("--config", help="TOML file")]
 
@@ -72,18 +84,21 @@ def nve_run(config: ConfigFile) -> None:
 
 
 @config.command("check")
-def config_check(file: Path) -> None:
+def config_check(file: Path, output: Output = Format.table) -> None:
     """Check a configuration file of either daemon."""
     kind = (
         NveConfig if "\nhost" in "\n" + (file.read_text() if file.exists() else "") else NvaConfig
     )
     load(file, kind)
+    done({"file": str(file), "kind": kind.__name__}, output)
 
 
 @context.command("use")
-def context_use(url: str) -> None:
+def context_use(url: str, output: Output = Format.table) -> None:
     """Send commands to the NVA at URL from now on."""
+    Client(url)  # a URL that cannot be is refused before it is written
     write_context(url)
+    done({"api": url}, output)
 
 
 def main() -> None:

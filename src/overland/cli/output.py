@@ -74,6 +74,12 @@ def show(value: Any, form: Format, columns: Sequence[str] = ()) -> None:
         Console().print(table)
 
 
+def done(value: dict[str, Any], form: Format) -> None:
+    """Answer of a command whose success says it all: silent for people, an object for scripts."""
+    if form is not Format.table:
+        show(value, form)
+
+
 def _cell(value: Any) -> str:
     match value:
         case None:

@@ -12,7 +12,7 @@ import typer
 from overland.cli.client import Client
 from overland.cli.lab import lab_state
 from overland.cli.options import Output
-from overland.cli.output import Failure, Format, show
+from overland.cli.output import Failure, Format, done, show
 from overland.lab import console
 from overland.lab.topology import LABS
 from overland.probe import run as runs
@@ -110,11 +110,12 @@ def start(
     size: Annotated[int, typer.Option(help="payload bytes")] = 200,
     tcp: bool = True,
     lab: Lab = "lab",
+    output: Output = Format.table,
 ) -> None:
     """Start numbered streams both ways; they run until `probe stop`."""
-    _tried(
-        lambda: begin(lab, vm, peer or [], rate=rate, rate_from_vm=rate_from_vm, size=size, tcp=tcp)
-    )
+    wish: dict[str, Any] = {"rate": rate, "rate_from_vm": rate_from_vm, "size": size, "tcp": tcp}
+    running = _tried(lambda: begin(lab, vm, peer or [], **wish))
+    done({"vm": vm, "flows": list(running.flow_ids)}, output)
 
 
 @probe.command("stop")
@@ -136,9 +137,8 @@ def run(
     output: Output = Format.table,
 ) -> None:
     """Start, wait, stop, print the verdict."""
-    _tried(
-        lambda: begin(lab, vm, peer or [], rate=rate, rate_from_vm=rate_from_vm, size=size, tcp=tcp)
-    )
+    wish: dict[str, Any] = {"rate": rate, "rate_from_vm": rate_from_vm, "size": size, "tcp": tcp}
+    _tried(lambda: begin(lab, vm, peer or [], **wish))
     time.sleep(duration)
     _print(_tried(lambda: end(lab)), output)
 

@@ -8,7 +8,7 @@ import typer
 
 from overland.cli.client import Client
 from overland.cli.options import Api, Output
-from overland.cli.output import Exit, Failure, Format, show
+from overland.cli.output import Exit, Failure, Format, done, show
 
 network = typer.Typer(no_args_is_help=True, help="Virtual networks.")
 host = typer.Typer(no_args_is_help=True, help="Hosts and their NVEs.")
@@ -54,9 +54,10 @@ def network_show(name: str, api: Api = None, output: Output = Format.table) -> N
 
 
 @network.command("delete")
-def network_delete(name: str, api: Api = None) -> None:
+def network_delete(name: str, api: Api = None, output: Output = Format.table) -> None:
     """Remove a virtual network that nobody uses."""
     Client(api).call("DELETE", f"/v1/networks/{name}")
+    done({"deleted": name}, output)
 
 
 @host.command("list")

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from overland.cli.client import Client, Unreachable
 from overland.cli.options import Api, Output, spec
-from overland.cli.output import Exit, Failure, Format, show
+from overland.cli.output import Exit, Failure, Format, done, show
 from overland.cli.timeline import timeline
 from overland.model.names import parse_duration, parse_size
 
@@ -112,9 +112,10 @@ for _verb, _meaning in (
 
 
 @vm.command("delete")
-def vm_delete(name: str, api: Api = None) -> None:
+def vm_delete(name: str, api: Api = None, output: Output = Format.table) -> None:
     """Stop and remove a VM."""
     Client(api).call("DELETE", f"/v1/vms/{name}")
+    done({"deleted": name}, output)
 
 
 @vm.command("migrate")
@@ -153,7 +154,7 @@ def migrate(
             raise Failure.of_problem(answer)
         show(answer, output)
     elif not wait:
-        print(answer["id"])
+        print(answer["id"]) if output is Format.table else show(answer, output)
     else:
         _finish(_follow(client, answer["id"]), output)
 
@@ -248,6 +249,7 @@ def migration_timeline(
     move: str,
     svg: Annotated[Path, typer.Option(help="where the picture goes")] = Path("timeline.svg"),
     api: Api = None,
+    output: Output = Format.table,
 ) -> None:
     """Draw a move: VM lane and network lanes on one clock."""
     receipt = Client(api).call("GET", f"/v1/migrations/{move}")
@@ -255,7 +257,7 @@ def migration_timeline(
         svg.write_text(timeline(receipt))
     except ValueError as error:
         raise Failure(f"migration {move}", str(error), "not_moved", exit_code=3) from None
-    print(svg)
+    show({"svg": str(svg)}, output)
 
 
 @migration.command("watch")
@@ -265,7 +267,7 @@ def migration_watch(move: str, api: Api = None, output: Output = Format.table) -
 
 
 @migration.command("abort")
-def migration_abort(move: str, api: Api = None) -> None:
+def migration_abort(move: str, api: Api = None, output: Output = Format.table) -> None:
     """Bring the VM back, while the move is not committed."""
     client = Client(api)
     client.call("POST", f"/v1/migrations/{move}/abort")
@@ -273,6 +275,7 @@ def migration_abort(move: str, api: Api = None) -> None:
     if receipt["outcome"] == "moved":
         why = "it was committed already; the VM has moved"
         raise Failure(f"migration {move}", why, "committed", exit_code=Exit.REFUSED)
+    done(receipt, output)
 
 
 @migration.command("repair")

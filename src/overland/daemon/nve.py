@@ -19,7 +19,7 @@ from overland.dataplane.gates import Gates
 from overland.dataplane.handover import LinuxHandoverPath
 from overland.dataplane.linux import LinuxKernel
 from overland.dataplane.nftables import Nftables
-from overland.dataplane.preflight import blockers, underlay_mtu
+from overland.dataplane.preflight import blockers, kernel_blockers, underlay_mtu
 from overland.dataplane.tap import TapTable
 from overland.hypervisor.qemu import QemuHypervisor
 from overland.mobility.messages import AnyOrder, AnyReport, PrepareNew, PrepareOld, PreparePeer
@@ -95,7 +95,7 @@ class Nve:
             underlay_ipv6=config.underlay_ipv6,
             underlay_mtu=await underlay_mtu(config.underlay_ipv4 or config.underlay_ipv6),
             memory_total_mib=config.memory_mib or _memory_mib(),
-            blockers=tuple(blockers()),
+            blockers=(*blockers(), *await kernel_blockers()),
         )
         try:
             facts = await self._hypervisor.facts()

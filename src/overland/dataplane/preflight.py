@@ -24,14 +24,15 @@ def blockers() -> Iterator[str]:
         yield "/dev/net/tun is missing: load the tun module"
 
 
-async def vxlan_works(ip: AsyncIPRoute) -> bool:
-    """Try a VXLAN device; it is removed at once."""
+async def kernel_blockers() -> list[str]:
+    """What this kernel cannot do, found by trying; the trial device is removed at once."""
     try:
-        await ip.link("add", ifname=_TRIAL, kind="vxlan", vxlan_id=1, vxlan_port=65099)
-        await ip.link("del", index=socket.if_nametoindex(_TRIAL))
-    except (NetlinkError, OSError):
-        return False
-    return True
+        async with AsyncIPRoute() as ip:
+            await ip.link("add", ifname=_TRIAL, kind="vxlan", vxlan_id=1, vxlan_port=65099)
+            await ip.link("del", index=socket.if_nametoindex(_TRIAL))
+    except (NetlinkError, OSError) as error:
+        return [f"this kernel makes no VXLAN device ({error}): load the vxlan module"]
+    return []
 
 
 async def underlay_mtu(address: str | None) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from overland.model.names import parse_name
+
 LABS = Path("/var/lib/overland/labs")
 UNDERLAY_MTU = 1600
 WIRE_PORT = 6640
@@ -39,6 +41,7 @@ class Topology:
 
 def topology(name: str, hosts: int) -> Topology:
     """The lab `name` with `hosts` hosts; ValueError when that is not possible."""
+    parse_name(name, "lab")
     if not 1 <= hosts <= 200:
         raise ValueError(f"{hosts} hosts: use 1 to 200")
 

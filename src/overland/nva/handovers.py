@@ -8,6 +8,7 @@ committed together, so that no crash can separate the two.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -17,6 +18,9 @@ from overland.mobility import messages as m
 from overland.model.handover import ENDED, Handover, committed
 from overland.ports import Conflict, StoreFailure
 
+log = logging.getLogger(__name__)
+
+RETRY_S = 1.0
 TICK_S = 0.25
 """Longest time between two looks at a deadline; a nearer deadline is met when it comes."""
 
@@ -145,7 +149,7 @@ class _Move:
         commits = any(isinstance(effect, m.Commit) for effect in effects)
         if not commits and (effects or after.phase != before.phase):
             # The commit journals by itself; what only informs is not worth a disk write.
-            await self._records.journal(after)
+            after, effects = await self._journalled(before, after, effects)
         self.record = after
         for effect in effects:
             if isinstance(effect, m.Tell):
@@ -156,6 +160,28 @@ class _Move:
             self._publish()
         if self.record is not before:
             self._changed(self.record)
+
+    async def _journalled(
+        self, before: Handover, after: Handover, effects: tuple[m.CoordinatorEffect, ...]
+    ) -> coordinator.Step:
+        """Write `after`; when that is not possible a move that may still turn back does so.
+
+        On the way back, and after the commit, it goes on without: there the next write tells all.
+        The last record is written however long it takes: it sets the VM free.
+        """
+        while True:
+            try:
+                await self._records.journal(after)
+                return after, effects
+            except StoreFailure as failure:
+                log.error("move %s: %s", after.id, failure)
+                if after.phase in ENDED:
+                    await asyncio.sleep(RETRY_S)
+                elif committed(after.phase) or after.phase == "aborting":
+                    return after, effects
+                else:
+                    abort = m.Abort(why=str(failure))
+                    return coordinator.step(before, abort, time.monotonic(), time.time_ns())
 
     def _publish(self) -> None:
         """Subscribers hear of the commit right after the new NVE has had time for its part.

@@ -80,7 +80,8 @@ class SqliteStore:
                 revision = self._write(expects, writes)
                 self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # a full disk has rolled back already
+                    self._db.execute("ROLLBACK")
                 raise
         except sqlite3.Error as error:
             raise StoreFailure(f"store {self._path}: {error}") from None

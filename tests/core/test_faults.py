@@ -1,0 +1,185 @@
+"""What is wrong outside is said in one line, with the documented exit code, and changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from overland.lab import lab as labs
+from overland.lab.topology import topology
+from overland.mobility import messages as m
+from overland.model.handover import Handover
+from overland.nva.handovers import Handovers
+from overland.ports import Put, StoreFailure
+from overland.store.sqlite import SqliteStore
+from tests.core.moves import NEW, OLD, in_phase
+
+OVERLAND = str(Path(sys.executable).parent / "overland")
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [OVERLAND, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", **environment},
+        timeout=30,
+    )
+
+
+def nva_config(folder: Path, *, store: str = "nva.db", port: int = 0, more: str = "") -> Path:
+    path = folder / "nva.toml"
+    path.write_text(
+        f'store = "{folder}/{store}"\napi_listen = "127.0.0.1:{port}"\n'
+        f'wire_address = "127.0.0.1"\n{more}\n'
+        f'[tls]\nca = "{folder}/ca.crt"\n'
+        f'certificate = "{folder}/nva.crt"\nkey = "{folder}/nva.key"\n'
+    )
+    return path
+
+
+def one_line(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == code, done.stderr
+    assert len(said) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in said[0]
+
+
+def test_a_config_with_an_unknown_key(tmp_path: Path) -> None:
+    config = nva_config(tmp_path, more='frobnicate = "yes"')
+    for command in (("nva", "run", "--config"), ("config", "check")):
+        one_line(run(*command, str(config)), 2, "frobnicate")
+
+
+def test_a_config_that_is_not_there(tmp_path: Path) -> None:
+    one_line(run("nve", "run", "--config", str(tmp_path / "no.toml")), 2, "No such file")
+
+
+def test_a_corrupt_store_is_named_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "nva.db").write_bytes(b"this is no database" * 100)
+    one_line(run("nva", "run", "--config", str(nva_config(tmp_path))), 1, "nva.db")
+    assert (tmp_path / "nva.db").read_bytes() == b"this is no database" * 100
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run("nva", "run", "--config", str(nva_config(tmp_path, port=port)))
+    one_line(done, 1, f"cannot listen on 127.0.0.1:{port}", "Address already in use")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("vm", "migrate"),
+        ("vm", "migrate", "web", "--to"),
+        ("frobnicate",),
+        ("vm", "create", "web", "--host", "h1"),
+        ("lab", "up", "--hosts", "0"),
+        ("lab", "up", "--hosts", "many"),
+        ("lab", "up", "--name", "a b"),
+        ("vm", "list", "-o", "xml"),
+        ("vm", "list", "--api", "ftp://nowhere"),
+        ("vm", "list"),
+    ],
+    ids=" ".join,
+)
+def test_a_command_mistyped_is_a_usage_error(arguments: tuple[str, ...]) -> None:
+    one_line(run(*arguments), 2)
+
+
+def test_an_nva_that_does_not_answer() -> None:
+    one_line(run("vm", "list", OVERLAND_API="http://127.0.0.1:9"), 1, "does not answer")
+
+
+def test_a_lab_without_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(labs.LabFailure, match="root"):
+        labs.up(topology("never", 1))
+
+
+@pytest.mark.root
+async def test_a_full_disk_refuses_the_write_and_keeps_what_was(tmp_path: Path) -> None:
+    from overland.ports import Put
+
+    subprocess.run(  # noqa: ASYNC221 - it returns at once
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], check=True
+    )
+    try:
+        store = SqliteStore(tmp_path / "nva.db")
+        await store.commit([], [Put(key="vm/web", value=b"here")])
+        with pytest.raises(StoreFailure, match="full"):
+            await fill(store)
+        entry = await store.get("vm/web")
+        assert entry is not None
+        assert entry.value == b"here"
+        await store.close()
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)  # noqa: ASYNC221
+
+
+async def fill(store: SqliteStore) -> None:
+    for n in range(100):
+        await store.commit([], [Put(key=f"vm/{n}", value=bytes(8000))])
+
+
+class FullDisk:
+    """Records whose store cannot be written from now on, until `free` is set."""
+
+    def __init__(self) -> None:
+        self.free = False
+        self.written: list[Handover] = []
+
+    async def journal(self, record: Handover) -> None:
+        if not self.free:
+            raise StoreFailure("store nva.db: database or disk is full")
+        self.written.append(record)
+
+    async def commit(self, record: Handover) -> None:
+        await self.journal(record)
+
+    def publish(self, record: Handover) -> None:
+        raise AssertionError("nothing was committed")
+
+    async def open_moves(self) -> list[Handover]:
+        return []
+
+
+@pytest.mark.parametrize("phase", ["precopy", "paused"])
+async def test_a_full_disk_aborts_the_move_and_says_so(phase: str) -> None:
+    """The VM is ordered back home although not a word can be written; the end is written late."""
+    records = FullDisk()
+    told: list[tuple[str, m.AnyOrder]] = []
+    moves = Handovers(records, lambda nve, order: told.append((nve, order)), lambda _: None)
+    record = in_phase(phase)  # type: ignore[arg-type]
+    moves.begin(record)
+    await until(lambda: m.GiveBack in [type(order) for _, order in told])
+    found = moves.record("m1")
+    assert found is not None
+    assert "disk is full" in (found.reason or "")
+    moves.report(m.GivenBack(move="m1", nve=NEW))
+    await until(lambda: m.Restore in [type(order) for _, order in told])
+    moves.report(m.Restored(move="m1", nve=OLD))
+    records.free = True
+    await until(lambda: m.Close in [type(order) for _, order in told])
+    for nve in (OLD, NEW, "h3"):
+        moves.report(m.Closed(move="m1", nve=nve))
+    await until(lambda: bool(records.written) and records.written[-1].phase == "aborted")
+    assert records.written[-1].outcome == "aborted"
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not true():
+            await asyncio.sleep(0.005)
