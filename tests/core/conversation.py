@@ -87,10 +87,13 @@ class Conversation:
             self._take(nve, MACHINES[role].begin(part))
         elif nve in self.parts:
             part = self.parts[nve]
-            if isinstance(event, m.Broken | m.GiveBack | m.Restore):
+            taken = MACHINES[part.role].step(part, event)
+            if isinstance(event, m.Broken) or (
+                isinstance(event, m.GiveBack | m.Restore | m.Close) and taken[0].stage != part.stage
+            ):
                 kept = [i for i in self.queue if not (i[0] == nve and isinstance(i[1], m.Do))]
                 self.queue = deque(kept)
-            self._take(nve, MACHINES[part.role].step(part, event))
+            self._take(nve, taken)
         else:
             self._nothing_here(nve, event)
 

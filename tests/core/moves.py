@@ -96,6 +96,7 @@ def every_event() -> list[m.CoordinatorEvent]:
         m.Steered(move="m1", nve=PEER, at_ns=25),
         m.Digested(move="m1", nve=NEW, sha256="00"),
         m.Running(move="m1", nve=NEW, at_ns=50, held=3),
+        m.Crashed(move="m1", nve=NEW, why="died"),
         m.GivenBack(move="m1", nve=NEW),
         m.Restored(move="m1", nve=OLD),
         m.Closed(move="m1", nve=PEER),

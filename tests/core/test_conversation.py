@@ -13,6 +13,7 @@ from tests.core.moves import NEW, OLD, PEER
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 BEFORE_COMMIT = [
+    (NEW, "DropStale"),
     (NEW, "QuietPorts"),
     (NEW, "MakeTunnel"),
     (NEW, "ArmPorts"),

@@ -154,7 +154,7 @@ def test_the_tunnel_lives_exactly_until_the_last_subscriber_acknowledged() -> No
     assert record.phase == "drained"
     assert effects == ()
     record, effects = step(record, m.Tick(), LATE_S, 1)
-    assert {type(e.order) for e in effects if isinstance(e, m.Tell)} == {m.Close}
+    assert {type(e.order) for e in effects if isinstance(e, m.Tell)} == {m.Close, m.Retire}
     assert record.close_reason == "all peers acknowledged"
 
 

@@ -229,9 +229,9 @@ class Nve:
             self._states[name] = state
             if state == "crashed":
                 self._handovers.vm_died(name, "QEMU ended")
-                if not self._handovers.holds(name):
-                    self._states.pop(name, None)
-                    self._link.send(w.VmReport(vm=name, state=state, reason="QEMU ended"))
+                self._states.pop(name, None)
+                # Whether this copy was the VM is for the NVA to say: the record tells where it is.
+                self._link.send(w.VmReport(vm=name, state=state, reason="QEMU ended"))
 
 
 async def run_nve(config: NveConfig) -> None:

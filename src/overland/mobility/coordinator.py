@@ -32,6 +32,7 @@ from overland.mobility.messages import (
     Committed,
     CoordinatorEffect,
     CoordinatorEvent,
+    Crashed,
     Digest,
     Digested,
     Failed,
@@ -95,6 +96,13 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
     if record.phase in ENDED:
         return record, ()
     match event:
+        case (
+            Prepared() | Received() | Stopped() | Steered() | Running() | GivenBack() | Restored()
+        ) if record.closing:
+            # It has come to where it may close; it may not have been there when it was told.
+            again = (_tell(event.nve, Close(move=record.id)),)
+            waits = event.nve in record.waiting
+            return record, _outstanding(record, event.nve) if waits else again
         case Start():
             return _start(record, now_s)
         case Back(nve=nve):
@@ -117,6 +125,8 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             return _committed(record, event, now_s, now_ns)
         case Running():
             return _running(record, event, now_s, now_ns)
+        case Crashed(nve=nve, why=why):
+            return _crashed(record, f"the VM ended on {nve} after the commit: {why}", now_s, now_ns)
         case Acknowledged(nve=nve, at_ns=at_ns):
             seen = Acknowledgement(nve=nve, at_ns=at_ns)
             if committed(record.phase) and nve not in _names(record.acknowledged):
@@ -398,6 +408,15 @@ def _running(record: Handover, event: Running, now_s: float, now_ns: int) -> Ste
     return _converge(record, now_s, now_ns)
 
 
+def _crashed(record: Handover, why: str, now_s: float, now_ns: int) -> Step:
+    """The move ends as it would: the address leads to the new host, whatever became of the VM."""
+    if record.phase != "committed":
+        return record, ()
+    record = _enter(_enter(record, "running", now_ns), "converging", now_ns)
+    record = msgspec.structs.replace(record, reason=why, outcome="open")
+    return _converge(record, now_s, now_ns)
+
+
 def _converge(record: Handover, now_s: float, now_ns: int) -> Step:
     """The tunnel ends by this criterion and no other (R-42): never by silence, never by a timer."""
     if record.phase != "converging":
@@ -418,10 +437,21 @@ def _converge(record: Handover, now_s: float, now_ns: int) -> Step:
 
 
 def _close_orders(record: Handover) -> tuple[Tell, ...]:
-    """The new NVE keeps its end of the tunnel until the old one has turned its own tenants."""
-    later = {record.new_nve} if record.old_nve in record.waiting else set()
-    now = sorted(record.waiting - later) if record.phase == "drained" else sorted(record.waiting)
-    return tuple(_tell(nve, Close(move=record.id)) for nve in now)
+    """The new NVE keeps its end of the tunnel until the old one has turned its own tenants.
+
+    An old NVE that was away may not have heard that it is retired: it is told once more.
+    """
+    orders: list[Tell] = []
+    if record.phase == "drained" and record.old_nve in record.waiting:
+        orders.append(_tell(record.old_nve, Retire(move=record.id, version=record.version)))
+    closing = sorted(record.waiting - _keeps_its_end(record))
+    return (*orders, *(_tell(nve, Close(move=record.id)) for nve in closing))
+
+
+def _keeps_its_end(record: Handover) -> frozenset[str]:
+    """The new NVE as long as the old one has not closed (HO-18)."""
+    waits = record.phase == "drained" and record.old_nve in record.waiting
+    return frozenset({record.new_nve}) & record.waiting if waits else frozenset()
 
 
 def _closed(record: Handover, event: Closed, now_ns: int) -> Step:
@@ -500,13 +530,19 @@ def _restored(record: Handover, now_s: float, now_ns: int) -> Step:
     record = msgspec.structs.replace(
         record,
         restored=True,
-        waiting=(_names(record.steered) & set(record.peers)) - set(record.fenced),
+        waiting=_told_to_steer(record) - set(record.fenced),
         deadline_s=now_s + GIVE_BACK_LIMIT_S,
     )
     if not record.waiting:
         return _close(record, now_s)
     back = Steer(move=record.id, back=True)
     return record, tuple(_tell(peer, back) for peer in sorted(record.waiting))
+
+
+def _told_to_steer(record: Handover) -> frozenset[str]:
+    """Peers that may have turned to the new NVE, whether they could say so or not."""
+    told = record.new_nve in _names(record.steered)
+    return frozenset(record.peers) if told else frozenset()
 
 
 def _turned_back(record: Handover, nve: str, now_s: float) -> Step:
@@ -545,7 +581,11 @@ def _give_up_waiting(record: Handover, nves: frozenset[str], now_s: float, now_n
         unknown = record.old_nve in record.waiting
         outcome = "unknown" if unknown else record.outcome
         return _restore(msgspec.structs.replace(record, outcome=outcome), now_s)
-    record = msgspec.structs.replace(record, waiting=record.waiting - nves)
+    unheard = _keeps_its_end(record)
+    record = msgspec.structs.replace(record, waiting=record.waiting - (nves - unheard))
+    if unheard and not _keeps_its_end(record):
+        record = msgspec.structs.replace(record, deadline_s=now_s + CLOSE_LIMIT_S)
+        return record, _close_orders(record)
     if record.waiting:
         return record, ()
     return (_end(record, now_ns), ()) if record.closing else _close(record, now_s)

@@ -150,6 +150,12 @@ class Running(Report, frozen=True, kw_only=True, tag=True):
     held: int
 
 
+class Crashed(Report, frozen=True, kw_only=True, tag=True):
+    """The VM's process ended at the new NVE after the commit: the VM's failure, not the move's."""
+
+    why: str
+
+
 class GivenBack(Report, frozen=True, kw_only=True, tag=True):
     pass
 
@@ -178,6 +184,7 @@ AnyReport = (
     | Steered
     | Digested
     | Running
+    | Crashed
     | GivenBack
     | Restored
     | Closed
@@ -267,6 +274,10 @@ class MakeTunnel(Do, frozen=True, kw_only=True, tag=True):
 
 class Forget(Do, frozen=True, kw_only=True, tag=True):
     """Remove what a former move's crash may have left of tunnel, queues and gate entries."""
+
+
+class DropStale(Do, frozen=True, kw_only=True, tag=True):
+    """End a stopped copy that a former move left here; one that runs makes this fail."""
 
 
 class ArmPorts(Do, frozen=True, kw_only=True, tag=True):

@@ -23,10 +23,12 @@ from overland.mobility.messages import (
     CleanUp,
     Close,
     Closed,
+    Crashed,
     Digest,
     Digested,
     Do,
     Done,
+    DropStale,
     Failed,
     Forget,
     GiveBack,
@@ -52,19 +54,19 @@ from overland.mobility.messages import (
     TakeDigest,
     Unmute,
 )
-from overland.mobility.nve import RESTARTED, Part, PartStep, to
+from overland.mobility.nve import RESTARTED, Part, PartStep, failed, failure_of, to
 
 
 def begin(part: Part) -> PartStep:
     """Make the place: port, tunnel, gates, and an empty paused copy.
 
-    First what a crash may have left goes: a copy that is here now is an old one.
+    First what a crash may have left goes; a copy that runs here is no leftover (HO-23).
     """
     return to(
         part,
         "arming",
+        DropStale(),
         Forget(),
-        StopCopy(),
         ArmPorts(),
         QuietPorts(),
         MakeTunnel(to="old"),
@@ -106,13 +108,24 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
                 part, stage="active", resumed_ns=at_ns, held=packets.held
             )
             return part, _said(part)
+        case "activating", Broken(effect="vm", why=why):
+            part = msgspec.structs.replace(part, stage="active", failure=("vm", why))
+            return part, _said(part)
         case "active" | "returned", Close():
             return to(part, "closing", CleanUp())
+        case "arming" | "awaiting" | "whole", Close():
+            # The move was aborted without us; only Activate could have made this copy run.
+            return to(part, "closing", *_own_copy(part), *_GIVE_BACK, CleanUp())
+        case "closing", Broken(effect=effect) if effect != "CleanUp":
+            return part, (CleanUp(),)
+        case "closing", Broken():
+            # What could not be removed is swept when the daemon starts again.
+            return to(part, "closed", Say(report=Closed(move=part.move, nve=part.nve)))
         case "closing", Done(effect="CleanUp", packets=packets):
             closed = Closed(move=part.move, nve=part.nve, packets=packets)
             return to(part, "closed", Say(report=closed))
         case "arming" | "awaiting" | "whole", GiveBack():
-            return to(part, "returning", *_GIVE_BACK)
+            return to(part, "returning", *_own_copy(part), *_GIVE_BACK)
         case "returning", Done(effect="ReleaseInto") | Broken():
             part = msgspec.structs.replace(part, stage="returned")
             return part, _said(part)
@@ -121,7 +134,7 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
         case _, Broken(effect="SteerHere", why=why):
             return part, (Say(report=Failed(move=part.move, nve=part.nve, step="steer", why=why)),)
         case "arming" | "awaiting" | "whole" | "activating", Broken(effect=effect, why=why):
-            return part, (Say(report=Failed(move=part.move, nve=part.nve, step=effect, why=why)),)
+            return failed(part, effect, why)
         case _:
             return part, ()
 
@@ -129,12 +142,18 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
 _STEER = SteerHere(back=False, local=True)
 _RUN: tuple[Do, ...] = (Unmute(), ResumeVm(), Announce())
 _GIVE_BACK: tuple[Do, ...] = (
-    StopCopy(),
     MakeTunnel(to="old"),
     ArmPorts(),
     HoldPorts(),
     ReleaseInto(tunnel=True),
 )
+
+
+def _own_copy(part: Part) -> tuple[Do, ...]:
+    """Ends the copy that this part received, or was about to, unless it was activated."""
+    if part.version:
+        return ()
+    return (StopCopy(),) if part.uri else (DropStale(),)
 
 
 def _steered(part: Part) -> Say:
@@ -147,16 +166,22 @@ def _said(part: Part) -> tuple[Do, ...]:
     steered = (_steered(part),) if part.steered_ns else ()
     match part.stage:
         case "awaiting":
-            return (Say(report=Prepared(move=move, nve=nve, uri=part.uri)), *steered)
+            prepared = Say(report=Prepared(move=move, nve=nve, uri=part.uri))
+            return (prepared, *steered, *failure_of(part))
         case "whole":
-            return (Say(report=Received(move=move, nve=nve, at_ns=part.received_ns)), *steered)
+            received = Say(report=Received(move=move, nve=nve, at_ns=part.received_ns))
+            return (received, *steered, *failure_of(part))
+        case "active" if part.failure is not None and not part.resumed_ns:
+            return (Say(report=Crashed(move=move, nve=nve, why=part.failure[1])),)
         case "active":
             ran = Running(move=move, nve=nve, at_ns=part.resumed_ns, held=part.held)
             return (Say(report=ran),)
         case "returned":
             return (Say(report=GivenBack(move=move, nve=nve)),)
-        case _:
+        case "returning" | "closing":
             return ()
+        case _:
+            return failure_of(part)
 
 
 def _resumed(part: Part) -> PartStep:
@@ -170,8 +195,7 @@ def _resumed(part: Part) -> PartStep:
     )
     match part.stage:
         case "arming":
-            failed = Failed(move=part.move, nve=part.nve, step="prepare", why=RESTARTED)
-            return part, (Say(report=failed),)
+            return failed(part, "prepare", RESTARTED)
         case "awaiting":
             return part, (*again, AwaitCopy())
         case "whole" | "active":
@@ -179,8 +203,8 @@ def _resumed(part: Part) -> PartStep:
         case "activating":
             return part, (*again, *_RUN)
         case "returning":
-            return part, _GIVE_BACK
+            return part, (*_own_copy(part), *_GIVE_BACK)
         case "closing":
-            return part, (CleanUp(),)
+            return part, (*_own_copy(part), CleanUp())
         case _:
             return part, _said(part)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from overland.mobility.messages import Do, NveEvent
+from overland.mobility.messages import Do, Failed, NveEvent, Say
 from overland.model.cluster import Record, Vm
 from overland.model.handover import Memory, MovingPort, Options, Transfer
 
@@ -30,6 +30,7 @@ Stage = Literal[
 class Part(Record, frozen=True, kw_only=True):
     """One NVE's part in one move. `nve` is its own name, `other` the NVE at the tunnel's far end.
 
+    `failure`: the step that failed and why, said until the coordinator turns the move back.
     Instants are CLOCK_REALTIME ns, 0 while they have not come. `turned`: the last Steer said back.
     The shell keeps it on disk, so that a restarted daemon goes on from here.
     """
@@ -52,11 +53,22 @@ class Part(Record, frozen=True, kw_only=True):
     held: int = 0
     retired: bool = False
     version: int = 0
+    failure: tuple[str, str] | None = None
     memory: Memory = Memory()
 
 
 PartStep = tuple[Part, tuple[Do, ...]]
-__all__ = ["RESTARTED", "NveEvent", "Part", "PartStep", "Stage", "memory_of", "to"]
+__all__ = [
+    "RESTARTED",
+    "NveEvent",
+    "Part",
+    "PartStep",
+    "Stage",
+    "failed",
+    "failure_of",
+    "memory_of",
+    "to",
+]
 
 
 RESTARTED = "its NVE was restarted"
@@ -65,6 +77,20 @@ RESTARTED = "its NVE was restarted"
 def to(part: Part, stage: Stage, *effects: Do) -> PartStep:
     """Enter `stage` and want `effects`, in this order."""
     return msgspec.structs.replace(part, stage=stage), effects
+
+
+def failed(part: Part, step: str, why: str) -> PartStep:
+    """Tell the coordinator that `step` failed, now and whenever its connection is back."""
+    part = msgspec.structs.replace(part, failure=(step, why))
+    return part, failure_of(part)
+
+
+def failure_of(part: Part) -> tuple[Do, ...]:
+    """The report of a failure that stands."""
+    if part.failure is None:
+        return ()
+    step, why = part.failure
+    return (Say(report=Failed(move=part.move, nve=part.nve, step=step, why=why)),)
 
 
 def memory_of(transfer: Transfer) -> Memory:

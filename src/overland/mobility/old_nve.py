@@ -26,7 +26,6 @@ from overland.mobility.messages import (
     Digested,
     Do,
     Done,
-    Failed,
     FinishSend,
     Force,
     Forget,
@@ -53,7 +52,7 @@ from overland.mobility.messages import (
     TransferSeen,
     WatchTransfer,
 )
-from overland.mobility.nve import RESTARTED, Part, PartStep, memory_of, to
+from overland.mobility.nve import RESTARTED, Part, PartStep, failed, failure_of, memory_of, to
 
 DRAIN_LIMIT_S = 0.05
 """How long the VM may take to empty its tap's ring before it is stopped and the rest rescued."""
@@ -85,14 +84,22 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             return _stopping(part, event)
         case "stopped", Digest():
             return part, (TakeDigest(),)
-        case "stopped", Retire(version=version):
+        case "stopped", Retire(version=version) if not part.retired:
             part = msgspec.structs.replace(part, retired=True, version=version)
             return part, (MuteBroadcast(),)
+        case "closing", Broken(effect=effect) if effect not in ("CleanUp", "StopCopy"):
+            stop = (StopCopy(),) if part.retired else ()
+            return part, (CleanUp(), *stop)
         case "closing", Done(effect="CleanUp", packets=packets) if part.retired:
             closed = Closed(move=part.move, nve=part.nve, packets=packets, memory=part.memory)
             return part, (Say(report=closed),)
         case "closing", Done(effect="StopCopy") | Broken(effect="StopCopy"):
             return to(part, "closed")
+        case "closing", Broken(effect="CleanUp") if part.retired:
+            # What could not be removed is swept when the daemon starts again.
+            return part, (Say(report=Closed(move=part.move, nve=part.nve)), StopCopy())
+        case "closing", Broken(effect="CleanUp"):
+            return to(part, "closed", Say(report=Closed(move=part.move, nve=part.nve)))
         case "closing", Done(effect="CleanUp", packets=packets):
             said = Closed(move=part.move, nve=part.nve, packets=packets, memory=part.memory)
             return to(part, "closed", Say(report=said))
@@ -107,8 +114,7 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             part = msgspec.structs.replace(part, stage="returned")
             return part, _said(part)
         case "arming" | "armed" | "sending" | "stopping", Broken(effect=effect, why=why):
-            failed = Failed(move=part.move, nve=part.nve, step=effect, why=why)
-            return part, (Say(report=failed),)
+            return failed(part, effect, why)
         case "armed" | "stopped" | "returned", Close():
             return _close(part)
         case _:
@@ -120,7 +126,7 @@ def _seen(part: Part, event: TransferSeen) -> PartStep:
     part = msgspec.structs.replace(part, memory=memory_of(transfer))
     if transfer.status in ("failed", "cancelled"):
         why = transfer.error or f"the transfer was {transfer.status}"
-        return part, (Say(report=Failed(move=part.move, nve=part.nve, step="send", why=why)),)
+        return failed(part, "send", why)
     if converged(transfer, part.options):
         return _stop(part)
     progress = Progress(move=part.move, nve=part.nve, memory=part.memory)
@@ -206,8 +212,10 @@ def _said(part: Part) -> tuple[Do, ...]:
             return (Say(report=stopped),)
         case "returned":
             return (Say(report=Restored(move=part.move, nve=part.nve)),)
-        case _:
+        case "returning" | "closing":
             return ()
+        case _:
+            return failure_of(part)
 
 
 def _resumed(part: Part) -> PartStep:
@@ -220,8 +228,8 @@ def _resumed(part: Part) -> PartStep:
             return part, (*again, *_said(part))
         case "sending" | "stopping":
             # How far the stop went is not known; the way back is safe from anywhere.
-            failed = Failed(move=part.move, nve=part.nve, step="stop", why=RESTARTED)
-            return to(part, "stopping", *again, Say(report=failed))
+            part, said = failed(part, "stop", RESTARTED)
+            return to(part, "stopping", *again, *said)
         case "stopped":
             return part, (*again, ReleaseInto(tunnel=True))
         case "returning":

@@ -30,7 +30,7 @@ from overland.mobility.messages import (
     Steered,
     SteerHere,
 )
-from overland.mobility.nve import Part, PartStep, to
+from overland.mobility.nve import Part, PartStep, failed, failure_of, to
 
 
 def begin(part: Part) -> PartStep:
@@ -54,10 +54,15 @@ def step(part: Part, event: NveEvent) -> PartStep:
         case "active", Done(effect="SteerHere", number=at_ns):
             part = msgspec.structs.replace(part, steered_ns=at_ns)
             return part, _said(part)
+        case "closing", Broken(effect=effect) if effect != "CleanUp":
+            return part, (CleanUp(),)
+        case "closing", Broken():
+            # What could not be removed is swept when the daemon starts again.
+            return to(part, "closed", Say(report=Closed(move=part.move, nve=part.nve)))
         case _, Broken(effect="SteerHere", why=why):
             return part, (Say(report=Failed(move=part.move, nve=part.nve, step="steer", why=why)),)
         case "arming", Broken(effect=effect, why=why):
-            return part, (Say(report=Failed(move=part.move, nve=part.nve, step=effect, why=why)),)
+            return failed(part, effect, why)
         case "arming" | "armed" | "active", Close():
             return to(part, "closing", CleanUp())
         case "closing", Done(effect="CleanUp", packets=packets):
@@ -75,6 +80,8 @@ def _said(part: Part) -> tuple[Do, ...]:
         case "active" if part.steered_ns:
             steered = Steered(move=part.move, nve=part.nve, at_ns=part.steered_ns)
             return (Say(report=steered),)
+        case "arming":
+            return failure_of(part)
         case _:
             return ()
 

@@ -33,6 +33,9 @@ STEER_LIMIT_S = 1.0
 PROBE_LIMIT_S = 3.0
 PLUG_LIMIT_S = 3.0
 COPY_LIMIT_S = 3600.0
+ENDED_KEPT = 1000
+"""How many ended moves are remembered, to tell a late order from a new one (HO-23)."""
+
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +84,7 @@ class Handovers:
         self._say = say
         self._hold_frames = hold_frames
         self._running: dict[str, _Running] = {}
+        self._ended: deque[str] = deque(maxlen=ENDED_KEPT)
 
     def open_moves(self) -> tuple[str, ...]:
         """The moves in which this NVE has a part."""
@@ -111,7 +115,9 @@ class Handovers:
         running = self._running.get(order.move)
         match order:
             case m.PrepareNew() | m.PrepareOld() | m.PreparePeer():
-                if running is None:
+                if order.move in self._ended:
+                    self._say(m.Closed(move=order.move, nve=self._nve))
+                elif running is None:
                     self._begin(order)
             case m.Close() if running is None:
                 self._say(m.Closed(move=order.move, nve=self._nve))
@@ -193,6 +199,7 @@ class Handovers:
 
     def _closed(self, move: str) -> None:
         self._running.pop(move, None)
+        self._ended.append(move)
         self._journal.forget(move)
         self._publish()
 
@@ -220,9 +227,11 @@ class _Running:
         self._beside: set[asyncio.Task[None]] = set()
 
     def event(self, event: m.NveEvent) -> None:
-        if isinstance(event, m.Broken | m.GiveBack | m.Restore):
+        step = _MACHINES[self.part.role].step(self.part, event)
+        turns_back = isinstance(event, m.GiveBack | m.Restore | m.Close | m.Resumed)
+        if isinstance(event, m.Broken) or (turns_back and step[0].stage != self.part.stage):
             self._queue.clear()
-        self.take(_MACHINES[self.part.role].step(self.part, event))
+        self.take(step)
 
     def void(self) -> None:
         """Do nothing any more."""
@@ -239,7 +248,7 @@ class _Running:
             if isinstance(effect, m.Say):
                 self._owner._say(effect.report)  # noqa: SLF001 - one class in two
             elif isinstance(effect, _BESIDE):
-                task = asyncio.create_task(self._one(effect))
+                task = asyncio.create_task(self._watch(effect))
                 self._beside.add(task)
                 task.add_done_callback(self._beside.discard)
             else:
@@ -255,6 +264,13 @@ class _Running:
                 await self._one(self._queue.popleft())
         finally:
             self._worker = None
+
+    async def _watch(self, effect: m.Do) -> None:
+        """Wait beside the queue; a failure is no news once the machine has gone on without it."""
+        stage = self.part.stage
+        event = await self._owner._perform(self, effect)  # noqa: SLF001
+        if not (isinstance(event, m.Broken) and self.part.stage != stage):
+            self.event(event)
 
     async def _one(self, effect: m.Do) -> None:
         self.event(await self._owner._perform(self, effect))  # noqa: SLF001
@@ -395,8 +411,10 @@ class _Performer:
         for port in self._part.ports:
             await self._path.open_port(port.port, PLUG_LIMIT_S)
 
-    async def _ResumeVm(self, _: m.Do) -> m.Done:
+    async def _ResumeVm(self, _: m.Do) -> m.NveEvent:
         held = 0
+        if self._part.role == "new" and await self._hypervisor.state(self._vm) is None:
+            return m.Broken(effect="vm", why="QEMU ended")
         if self._part.role == "new":
             for port in self._part.ports:
                 waiting = await self._path.count_port(port.port)
@@ -416,6 +434,12 @@ class _Performer:
 
     async def _CancelSend(self, _: m.Do) -> None:
         await self._hypervisor.cancel(self._vm)
+
+    async def _DropStale(self, _: m.Do) -> m.NveEvent | None:
+        if await self._hypervisor.state(self._vm) in ("running", "paused"):
+            return m.Broken(effect="DropStale", why=f"a copy of {self._vm} runs here")
+        await self._hypervisor.stop(self._vm)
+        return None
 
     async def _StopCopy(self, _: m.Do) -> None:
         await self._hypervisor.stop(self._vm)

@@ -1,0 +1,420 @@
+"""One simulated host: the real NVE machines over a kernel, a hypervisor and a disk that are values.
+
+What the fakes promise is what the real adapters do (spec/handover.md); what a crash takes along is
+what it takes along on Linux: the daemon's queues go, gates, taps and QEMU stay.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from overland.mobility import messages as m
+from overland.mobility import new_nve, old_nve, peer_nve
+from overland.mobility.nve import Part, PartStep
+from overland.model.handover import Transfer
+
+if TYPE_CHECKING:
+    from overland.sim.world import World
+
+MACHINES = {"old": old_nve, "new": new_nve, "peer": peer_nve}
+Copy = Literal["none", "running", "paused", "incoming", "whole", "sent"]
+MARKER_LIMIT_S = 1.0
+
+Frame = tuple[str, int]
+"""(sender, number); a marker is ("marker", its number)."""
+
+
+class Gate:
+    """A port's gate: `pass` (into the ring), `hold`, or `flow` to `into` once nothing waits."""
+
+    __slots__ = ("into", "mode", "queue")
+
+    def __init__(self) -> None:
+        self.mode = "pass"
+        self.into = "ring"
+        self.queue: deque[Frame] = deque()
+
+
+class SimHost:
+    """State that outlives the daemon: `kept` (journal), `gate`, `ring`, `copy`, `table`."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
+        self.name = name
+        self.alive = True
+        self.life = 0
+        self.link = 0
+        self.connected = True
+        self.cut_until = 0.0
+        self.part: Part | None = None
+        self.kept: Part | None = None
+        self.queue: deque[m.Do] = deque()
+        self.busy = False
+        self.voided = 0
+        self.copy: Copy = "none"
+        self.ring: deque[Frame] = deque()
+        self.gate: Gate | None = None
+        self.tunnel = False
+        self.table = self.known = "h1"
+        self.held: deque[Frame] | None = None
+        self.sent = 0
+        self.unsent: list[m.AnyReport] = []
+        self.closed: set[str] = set()
+
+    # ------------------------------------------------------------ the shell (nve/handovers.py)
+
+    def order(self, order: m.AnyOrder) -> None:
+        part = self.part
+        if isinstance(order, m.PrepareNew | m.PrepareOld | m.PreparePeer):
+            if order.move in self.closed:
+                self.world.report(self, m.Closed(move=order.move, nve=self.name))
+            elif part is None or part.move != order.move:
+                self._begin(order)
+            return
+        if part is not None and part.move == order.move:
+            self.event(order)
+            return
+        answers = {m.Close: m.Closed, m.GiveBack: m.GivenBack, m.Restore: m.Restored}
+        answer = answers.get(type(order))
+        if answer is not None:
+            self.world.report(self, answer(move=order.move, nve=self.name))
+
+    def _begin(self, order: m.PrepareNew | m.PrepareOld | m.PreparePeer) -> None:
+        self._void()
+        role: Literal["old", "new", "peer"] = "peer"
+        vm = None
+        if not isinstance(order, m.PreparePeer):
+            role, vm = ("new" if isinstance(order, m.PrepareNew) else "old"), order.vm
+        part = Part(move=order.move, nve=self.name, role=role, vm=vm, ports=order.ports)
+        self.part = part
+        self._take(MACHINES[role].begin(part))
+
+    def event(self, event: m.NveEvent) -> None:
+        if self.part is None:
+            return
+        step = MACHINES[self.part.role].step(self.part, event)
+        turns_back = isinstance(event, m.GiveBack | m.Restore | m.Close | m.Resumed)
+        if isinstance(event, m.Broken) or (turns_back and step[0].stage != self.part.stage):
+            self.queue.clear()
+        self._take(step)
+
+    def _take(self, step: PartStep) -> None:
+        self.part, effects = step
+        self.kept = self.part
+        for effect in effects:
+            if isinstance(effect, m.Say):
+                self.world.report(self, effect.report)
+            elif isinstance(effect, m.WatchTransfer | m.AwaitCopy):
+                stage = self.part.stage
+                self._later(0.005, lambda e=effect, s=stage: self._beside(e, s))  # type: ignore[misc]
+            else:
+                self.queue.append(effect)
+        if self.part.stage == "closed":
+            self.closed.add(self.part.move)
+            self.part = self.kept = None
+            self._void()
+            self._later(self.world.short(), self.reconcile)
+        self._next()
+
+    def reconcile(self) -> None:
+        """The agent's round: forwarding as it was last pushed, but for what a move has."""
+        moving = self.part is not None and self.part.role in ("old", "new")
+        if self.held is None and not moving:
+            self.table = self.known
+
+    def _next(self) -> None:
+        if self.queue and not self.busy:
+            self.busy = True
+            effect = self.queue.popleft()
+            self._later(self.world.short(), lambda: self._perform(effect))
+
+    def _later(self, seconds: float, work: Callable[[], None]) -> None:
+        """Do `work` unless the daemon dies or its part is void before."""
+        life, voided = self.life, self.voided
+
+        def due() -> None:
+            if self.alive and (self.life, self.voided) == (life, voided):
+                work()
+
+        self.world.later(seconds, due)
+
+    def _void(self) -> None:
+        self.voided += 1
+        self.queue.clear()
+        self.busy = False
+
+    def _done(self, event: m.NveEvent) -> None:
+        self.busy = False
+        self.event(event)
+        self._next()
+
+    # ------------------------------------------------------------ life and death
+
+    def crash(self) -> None:
+        """SIGKILL of the daemon: what waited in its queues is gone, and counted as such."""
+        self.alive = False
+        self.life += 1
+        self._void()
+        self.part = None
+        self.unsent.clear()
+        self.closed.clear()
+        for queue in (self.gate.queue if self.gate else None, self.held):
+            while queue:
+                self.world.lost(queue.popleft(), "daemon")
+
+    def restart(self) -> None:
+        self.alive = True
+        self.part = self.kept
+        if self.part is None:
+            self.gate, self.tunnel, self.held = None, False, None
+        else:
+            self.event(m.Resumed())
+
+    def kill_copy(self) -> None:
+        """SIGKILL of QEMU."""
+        if self.copy == "none":
+            return
+        self.copy = "none"
+        if self.alive and self.part is not None and self.part.vm is not None:
+            self.event(m.Broken(effect="vm", why="QEMU ended"))
+
+    # ------------------------------------------------------------ effects
+
+    def _perform(self, effect: m.Do) -> None:
+        name = type(effect).__name__
+        self.world.note(self.name, name)
+        getattr(self, f"_{name}")(effect)
+
+    def _ok(self, effect: m.Do, number: int = 1, text: str = "") -> None:
+        self._done(m.Done(effect=type(effect).__name__, number=number, text=text))
+
+    def _broken(self, effect: m.Do, why: str) -> None:
+        self._done(m.Broken(effect=type(effect).__name__, why=why))
+
+    def _Forget(self, effect: m.Do) -> None:
+        self._disarm()
+        self._ok(effect)
+
+    def _ArmPorts(self, effect: m.Do) -> None:
+        self.gate = self.gate or Gate()
+        self._ok(effect)
+
+    def _ArmPeers(self, effect: m.Do) -> None:
+        self._ok(effect)
+
+    def _QuietPorts(self, effect: m.Do) -> None:
+        assert self.gate is not None
+        self.gate.mode = "hold"
+        self.ring.clear()
+        self._ok(effect)
+
+    def _OpenPorts(self, effect: m.Do) -> None:
+        self._release("ring")
+        self._ok(effect)
+
+    def _MakeTunnel(self, effect: m.Do) -> None:
+        self.tunnel = True
+        self._ok(effect)
+
+    def _ProvePath(self, effect: m.Do) -> None:
+        new = self.world.hosts[self.world.new]
+        if new.alive and not self.world.is_cut(self, new):
+            self._ok(effect)
+        else:
+            self._broken(effect, "no answer")
+
+    def _ReceiveCopy(self, effect: m.Do) -> None:
+        if self.copy != "none":
+            self._broken(effect, "there is a copy already")
+            return
+        self.copy = "incoming"
+        self._ok(effect, text="tcp:new:1")
+
+    def _DropStale(self, effect: m.Do) -> None:
+        if self.copy in ("running", "paused"):
+            self._broken(effect, "a copy runs here")
+            return
+        self.copy = "none"
+        self._ok(effect)
+
+    def _StopCopy(self, effect: m.Do) -> None:
+        self.copy = "none"
+        self._ok(effect)
+
+    def _BeginSend(self, effect: m.Do) -> None:
+        self.sent = 0
+        self._ok(effect)
+
+    def _beside(self, effect: m.Do, stage: str) -> None:
+        if isinstance(effect, m.AwaitCopy):
+            if self.copy == "whole":
+                self.event(m.Done(effect="AwaitCopy", number=1))
+            elif self.copy != "none":
+                self._later(0.01, lambda: self._beside(effect, stage))
+            elif self.part is not None and self.part.stage == stage:
+                self.event(m.Broken(effect="AwaitCopy", why="QEMU ended"))
+            return
+        self.sent += 1
+        new = self.world.hosts[self.world.new]
+        broken = new.copy == "none" or self.world.is_cut(self, new)
+        status: Literal["failed", "active"] = "failed" if broken else "active"
+        passes = 2 if self.sent > 4 else 1
+        self.event(
+            m.TransferSeen(
+                transfer=Transfer(status=status, passes=passes, bandwidth_bytes_per_s=1e9)
+            )
+        )
+
+    def _HoldPorts(self, effect: m.Do) -> None:
+        assert self.gate is not None
+        self.gate.mode = "hold"
+        self._ok(effect)
+
+    def _AwaitDrained(self, effect: m.Do) -> None:
+        self._ok(effect)
+
+    def _FinishSend(self, effect: m.Do) -> None:
+        if self.copy not in ("running", "sent"):
+            self._broken(effect, "QEMU ended")
+            return
+        self.copy = "sent"
+        self.world.later(self.world.short(), lambda: self.world.arrive(self))
+        self._ok(effect)
+
+    def _ReleaseInto(self, effect: m.Do) -> None:
+        assert isinstance(effect, m.ReleaseInto)
+        rescued = 0
+        if effect.tunnel:
+            rescued = len(self.ring)
+            while self.ring:
+                self.world.tunnel(self, self.ring.popleft())
+        self._release("tunnel" if effect.tunnel else "ring")
+        self._ok(effect, number=rescued)
+
+    def _release(self, into: str) -> None:
+        gate = self.gate
+        assert gate is not None
+        gate.mode, gate.into = "flow", into
+        while gate.queue:
+            self._on(gate.queue.popleft())
+
+    def _SteerHere(self, effect: m.Do) -> None:
+        assert isinstance(effect, m.SteerHere)
+        if effect.local:
+            self._ok(effect)
+            return
+        self.held = self.held if self.held is not None else deque()
+        target = self.world.old if effect.back else self.world.new
+        number = self.world.marker(self, lambda: self._turn(effect, target, proved=True))
+        self._later(MARKER_LIMIT_S, lambda: self._unproved(effect, target, number))
+
+    def _unproved(self, effect: m.Do, target: str, number: int) -> None:
+        if self.world.forget_marker(number):
+            self._turn(effect, target, proved=False)
+
+    def _turn(self, effect: m.Do, target: str, *, proved: bool) -> None:
+        self.table = target
+        held, self.held = self.held, None
+        for frame in held or ():
+            self.world.launch(self, frame)
+        if proved:
+            self._ok(effect)
+        else:
+            self._broken(effect, "no marker came back")
+
+    def _Unmute(self, effect: m.Do) -> None:
+        if self.gate is None:
+            self._broken(effect, "the gate is not armed")
+        else:
+            self._ok(effect)
+
+    def _ResumeVm(self, effect: m.Do) -> None:
+        if self.copy == "none" and self.part is not None and self.part.role == "new":
+            self._done(m.Broken(effect="vm", why="QEMU ended"))
+            return
+        if self.copy in ("none", "incoming"):
+            self._broken(effect, "there is no whole copy")
+            return
+        self.copy = "running"
+        self.deliver()
+        self._ok(effect)
+
+    def _Announce(self, effect: m.Do) -> None:
+        self._ok(effect)
+
+    def _MuteBroadcast(self, effect: m.Do) -> None:
+        self._ok(effect)
+
+    def _TakeDigest(self, effect: m.Do) -> None:
+        self._ok(effect, text="same")
+
+    def _CancelSend(self, effect: m.Do) -> None:
+        self._ok(effect)
+
+    def _CleanUp(self, effect: m.Do) -> None:
+        self._disarm()
+        self._ok(effect)
+
+    def _disarm(self) -> None:
+        if self.gate is not None:
+            for frame in self.gate.queue:
+                self._on(frame)
+        for frame in self.held or ():
+            self.world.launch(self, frame)
+        self.gate, self.tunnel, self.held = None, False, None
+
+    # ------------------------------------------------------------ frames
+
+    def arrived(self, frame: Frame) -> None:
+        """A frame for the VM comes in from the underlay."""
+        gate = self.gate
+        if gate is None and self.copy == "none" and self.name != self.world.vm_host:
+            self.world.lost(frame, "no port")
+        elif gate is None or gate.mode == "pass":
+            self._ring(frame)
+        elif gate.mode == "hold" or gate.queue:
+            if self.alive:
+                gate.queue.append(frame)
+            else:
+                self.world.lost(frame, "daemon")
+        else:
+            self._on(frame)
+
+    def from_tunnel(self, frame: Frame, *, home: bool) -> None:
+        """Out of the tunnel: past the gate at the old NVE, like any frame at the new one."""
+        if not self.tunnel:
+            self.world.lost(frame, "no tunnel")
+        elif home:
+            self._ring(frame)
+        else:
+            self.arrived(frame)
+
+    def _on(self, frame: Frame) -> None:
+        if self.gate is not None and self.gate.into == "tunnel":
+            self.world.tunnel(self, frame)
+        else:
+            self._ring(frame)
+
+    def _ring(self, frame: Frame) -> None:
+        if frame[0] == "marker":
+            self.world.marker_seen(frame[1], self)
+            return
+        self.ring.append(frame)
+        if self.copy == "running":
+            self.deliver()
+
+    def deliver(self) -> None:
+        """The guest takes what its tap holds."""
+        while self.ring:
+            self.world.delivered(self.ring.popleft())
+
+    def send(self, frame: Frame) -> None:
+        """A tenant of this host sends to the VM."""
+        if self.held is None:
+            self.world.launch(self, frame)
+        elif self.alive:
+            self.held.append(frame)
+        else:
+            self.world.lost(frame, "daemon")

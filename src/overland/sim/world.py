@@ -1,0 +1,464 @@
+"""A domain in one process on a seeded clock: NVA, hosts, wires, faults, and what must always hold.
+
+The coordinator and the NVE machines are the real ones; wires, kernels, hypervisors and the store
+are values. Wires behave like TCP: in order while a connection lives, and what was under way when it
+dies may or may not have arrived; besides, any message may come twice.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from overland.mobility import coordinator
+from overland.mobility import messages as m
+from overland.model.cluster import Interface, Vm
+from overland.model.handover import ENDED, Handover, MovingPort, PhaseAt, committed
+from overland.nva.handovers import last_orders
+from overland.sim.host import Frame, SimHost
+
+LEASE_S = 3.0
+TICK_S = 0.25
+NOTICE_S = 4.0
+"""A silent connection is given up after that long (wire.server)."""
+
+QUIET_S = 120.0
+"""After the last fault: long enough for every deadline of a move to pass twice."""
+
+NAMES = ("h1", "h2", "h3", "h4")
+VM = Vm(name="web", host="h1", state="running", interfaces=(Interface(network="n", mac="m"),))
+
+
+class Violation(Exception):
+    """An invariant does not hold; the text says which and how."""
+
+
+@dataclass
+class Plan:
+    """What happens to this seed: faults as (at_s, kind, who, how long)."""
+
+    faults: tuple[tuple[float, str, str, float], ...] = ()
+    frames: int = 12
+    duplicate: float = 0.0
+
+    @property
+    def lossless(self) -> bool:
+        """Tell whether the packet contract holds without exception."""
+        return all(kind == "abort" for _, kind, _, _ in self.faults)
+
+
+@dataclass
+class Books:
+    """What became of the frames of one move."""
+
+    sent: int = 0
+    delivered: set[Frame] = field(default_factory=set)
+    newest: dict[str, int] = field(default_factory=dict)
+    lost: list[tuple[Frame, str]] = field(default_factory=list)
+
+
+class World:
+    """One seed's world. `run` moves the VM once; `trace` is kept only when asked for."""
+
+    def __init__(self, seed: int, *, trace: bool = False) -> None:
+        self.random = random.Random(seed)
+        self.now_s = 0.0
+        self._agenda: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = 0
+        self.hosts = {name: SimHost(self, name) for name in NAMES}
+        self.vm_host, self.version = "h1", 1
+        self.hosts["h1"].copy = "running"
+        self.old, self.new = "h1", "h2"
+        self.record: Handover | None = None
+        self.ended: dict[str, Handover] = {}
+        self.nva_alive = True
+        self.nva_life = 0
+        self.published = 0
+        self.trace: list[tuple[float, str, str]] | None = [] if trace else None
+        self.books = Books()
+        self.plan = Plan()
+        self._arrivals: dict[tuple[str, str], float] = {}
+        self._wires: dict[tuple[str, str], float] = {}
+        self._markers: dict[int, Callable[[], None]] = {}
+        self._moves = self._frames = 0
+        self._killed: set[str] = set()
+
+    # ------------------------------------------------------------ clock
+
+    def later(self, seconds: float, work: Callable[[], None]) -> None:
+        self._count += 1
+        heapq.heappush(self._agenda, (self.now_s + seconds, self._count, work))
+
+    def short(self) -> float:
+        """A step's duration: mostly a millisecond, now and then far more."""
+        r = self.random.random()
+        return 0.0005 + 0.002 * r if r < 0.97 else r * 0.3
+
+    def note(self, who: str, what: str) -> None:
+        if self.trace is not None:
+            self.trace.append((self.now_s, who, what))
+
+    # ------------------------------------------------------------ one move
+
+    def run(self, plan: Plan) -> Handover:
+        """Move the VM to another host under `plan`; Violation when something does not hold."""
+        self.plan = plan
+        self.books = Books()
+        self._killed.clear()
+        self.old = self.vm_host
+        self.new = self.random.choice([name for name in NAMES if name != self.old])
+        self._moves += 1
+        self.record = self._planned()
+        self._step(m.Start())
+        self._tick(self.nva_life)
+        for at_s, kind, who, seconds in plan.faults:
+            self.later(at_s, lambda k=kind, w=who, s=seconds: self._fault(k, w, s))  # type: ignore[misc]
+        self._stream()
+        end_s = self.now_s + QUIET_S + max((f[0] + f[3] for f in plan.faults), default=0.0)
+        while self._agenda and self.now_s < end_s:
+            self.now_s, _, work = heapq.heappop(self._agenda)
+            work()
+            self._check()
+            if not self.record and not self._faults_to_come():
+                self._drain(end_s)
+                break
+        return self._verdict()
+
+    def _faults_to_come(self) -> bool:
+        return any(not host.alive or self._is_away(host) for host in self.hosts.values()) or bool(
+            self.plan.faults and self.now_s < max(f[0] + f[3] for f in self.plan.faults)
+        )
+
+    def _drain(self, end_s: float) -> None:
+        """What is still under way comes to its end."""
+        while self._agenda and self.now_s < end_s:
+            self.now_s, _, work = heapq.heappop(self._agenda)
+            work()
+            self._check()
+
+    def _planned(self) -> Handover:
+        port = MovingPort(
+            network="n",
+            vni=1,
+            device="ovx1",
+            port="ovt1",
+            mac="m",
+            underlay="ipv4",
+            mtu=1500,
+            old=self.old,
+            new=self.new,
+            tunnel=1,
+        )
+        return Handover(
+            id=f"m{self._moves}",
+            vm=VM,
+            old_nve=self.old,
+            new_nve=self.new,
+            peers=tuple(name for name in NAMES if name not in (self.old, self.new)),
+            ports=(port,),
+            version=self.version,
+            phases=(PhaseAt(phase="planned", at_ns=1),),
+        )
+
+    # ------------------------------------------------------------ the NVA (nva/handovers.py)
+
+    def _step(self, event: m.CoordinatorEvent) -> None:
+        if self.record is None or not self.nva_alive:
+            return
+        before = self.record
+        after, effects = coordinator.step(before, event, self.now_s, int(self.now_s * 1e9) + 1)
+        if after.phase != before.phase:
+            self.note("nva", f"{before.phase} -> {after.phase}")
+        self.record = after
+        commits = False
+        for effect in effects:
+            if isinstance(effect, m.Tell):
+                self._tell(effect.nve, effect.order)
+            else:
+                commits = True
+        if commits:
+            self._commit()
+        elif committed(self.record.phase) and self.published < self.version:
+            self._publish()
+        if self.record.phase in ENDED:
+            self.ended[self.record.id] = self.record
+            self.record = None
+
+    def _commit(self) -> None:
+        record = self.record
+        assert record is not None
+        if self.version != record.version or self.vm_host != record.old_nve:
+            self._step(m.CommitRefused(why="version"))
+            return
+        self.version += 1
+        self.vm_host = record.new_nve
+        self._step(m.Committed(version=self.version, at_ns=int(self.now_s * 1e9) + 1))
+
+    def _publish(self) -> None:
+        self.published = self.version
+        for host in self.hosts.values():
+            self._push(host)
+
+    def _push(self, host: SimHost) -> None:
+        version, place = self.version, self.vm_host
+
+        def applied() -> None:
+            if host.alive and version >= self.version:
+                host.known = place
+                host.reconcile()
+                self._wire(host, "up", lambda: self._acknowledged(host.name, version))
+
+        self._wire(host, "down", lambda: self.later(self.short(), applied))
+
+    def _acknowledged(self, nve: str, version: int) -> None:
+        record = self.record
+        if record is not None and record.commit_ns and version >= record.version:
+            self._step(m.Acknowledged(nve=nve, at_ns=1))
+
+    def _tick(self, life: int) -> None:
+        if self.nva_alive and life == self.nva_life and self.record is not None:
+            self._step(m.Tick())
+            left_s = self.record.deadline_s - self.now_s if self.record is not None else TICK_S
+            wait_s = left_s if 0 < left_s < TICK_S else TICK_S
+            self.later(wait_s + 1e-6, lambda: self._tick(life))
+
+    # ------------------------------------------------------------ wires
+
+    def _tell(self, nve: str, order: m.AnyOrder) -> None:
+        host = self.hosts[nve]
+        self.note("nva", f"{type(order).__name__} to {nve}")
+        self._wire(host, "down", lambda: host.order(order))
+
+    def report(self, host: SimHost, report: m.AnyReport) -> None:
+        self.note(host.name, f"says {type(report).__name__}")
+        if host.connected:
+            self._wire(host, "up", lambda: self._heard(host, report))
+        else:
+            host.unsent.append(report)
+
+    def _heard(self, host: SimHost, report: m.AnyReport) -> None:
+        if self.record is not None and report.move == self.record.id:
+            self._step(report)
+        elif report.move in self.ended and not isinstance(report, m.Closed | m.Failed | m.Progress):
+            self._tell(host.name, m.Close(move=report.move))
+
+    def _wire(self, host: SimHost, way: str, deliver: Callable[[], None]) -> None:
+        """Deliver in order, unless the connection dies first."""
+        if not host.connected:
+            return
+        link, life = host.link, self.nva_life
+        due_s = max(self._wires.get((host.name, way), 0.0), self.now_s + self.short())
+        due_s = max(due_s, host.cut_until)
+        self._wires[host.name, way] = due_s
+
+        def arrive() -> None:
+            alive = host.alive if way == "down" else self.nva_alive and life == self.nva_life
+            if alive and link == host.link:
+                deliver()
+
+        self.later(due_s - self.now_s, arrive)
+        if self.plan.duplicate and self.random.random() < self.plan.duplicate:
+            self.later(due_s - self.now_s + self.short(), arrive)
+
+    def _disconnect(self, host: SimHost) -> None:
+        if not host.connected:
+            return
+        host.connected = False
+        host.link += 1
+        link = host.link
+        self.later(LEASE_S, lambda: self._lease_ended(host, link))
+        self.later(0.05 + self.random.random(), lambda: self._reconnect(host))
+
+    def _lease_ended(self, host: SimHost, link: int) -> None:
+        if not host.connected and host.link == link:
+            self._step(m.Lost(nve=host.name))
+
+    def _reconnect(self, host: SimHost) -> None:
+        if host.connected:
+            return
+        if not (host.alive and self.nva_alive and self.now_s >= host.cut_until):
+            self.later(0.2 + self.random.random(), lambda: self._reconnect(host))
+            return
+        host.connected = True
+        self.note(host.name, "connected")
+        moves = host.part.move if host.part is not None else None
+        self._step(m.Back(nve=host.name))
+        ended = self.ended.get(moves or "")
+        for order in last_orders(ended, host.name) if ended is not None else ():
+            self._tell(host.name, order)
+        self._push(host)
+        unsent, host.unsent = host.unsent, []
+        for report in unsent:
+            self.report(host, report)
+        if host.part is not None:
+            host.event(m.Reconnected())
+
+    def _is_away(self, host: SimHost) -> bool:
+        return not host.connected or self.now_s < host.cut_until
+
+    def is_cut(self, one: SimHost, other: SimHost) -> bool:
+        return self.now_s < one.cut_until or self.now_s < other.cut_until
+
+    # ------------------------------------------------------------ faults
+
+    def _fault(self, kind: str, who: str, seconds: float) -> None:
+        if self.record is None and kind != "abort":
+            return
+        roles = {"old": self.old, "new": self.new}
+        peers = [name for name in NAMES if name not in roles.values()]
+        host = self.hosts[roles.get(who, peers[0])]
+        self.note("fault", f"{kind} {who} {seconds:.2f}")
+        match kind:
+            case "abort":
+                self._step(m.Abort(why="operator"))
+            case "nva":
+                self.nva_alive = False
+                self.nva_life += 1
+                for each in self.hosts.values():
+                    self._disconnect(each)
+                self.later(seconds, self._nva_restart)
+            case "daemon" if host.alive:
+                host.crash()
+                self._disconnect(host)
+                self.later(seconds, host.restart)
+            case "copy":
+                if host.copy != "none":
+                    self._killed.add(host.name)
+                host.kill_copy()
+            case "cut":
+                host.cut_until = max(host.cut_until, self.now_s + seconds)
+                self.later(NOTICE_S, lambda: self._notice(host))
+            case _:
+                pass
+
+    def _notice(self, host: SimHost) -> None:
+        if self.now_s < host.cut_until:
+            self._disconnect(host)
+
+    def _nva_restart(self) -> None:
+        self.nva_alive = True
+        self.published = self.version if self.record is None else 0
+        self._step(m.Start())
+        self._tick(self.nva_life)
+
+    # ------------------------------------------------------------ memory
+
+    def arrive(self, old: SimHost) -> None:
+        """The rest of memory reaches the new host, once the way is free."""
+        new = self.hosts[self.new]
+        if old.copy != "sent" or new.copy != "incoming":
+            return
+        if self.is_cut(old, new):
+            self.later(0.1, lambda: self.arrive(old))
+        else:
+            new.copy = "whole"
+
+    # ------------------------------------------------------------ frames
+
+    def _stream(self) -> None:
+        senders = [name for name in NAMES if name not in (self.old, self.new)]
+        for number in range(self.plan.frames):
+            sender = self.hosts[senders[number % len(senders)]]
+            at_s = 0.002 * number + 0.1 * self.random.random() * (number % 3)
+            self.later(at_s, lambda s=sender: self._say_next(s))  # type: ignore[misc]
+
+    def _say_next(self, sender: SimHost) -> None:
+        self.books.sent += 1
+        self._frames += 1
+        sender.send((sender.name, self._frames))
+
+    def _travel(self, one: str, other: str, deliver: Callable[[], None]) -> None:
+        """Between two hosts, in order."""
+        due_s = max(self._arrivals.get((one, other), 0.0), self.now_s + 0.0001)
+        due_s += 0.0002 * self.random.random()
+        self._arrivals[one, other] = due_s
+        self.later(due_s - self.now_s, deliver)
+
+    def launch(self, sender: SimHost, frame: Frame) -> None:
+        host = self.hosts[sender.table]
+        if self.is_cut(sender, host):
+            self.lost(frame, "cut")
+        else:
+            self._travel(sender.name, host.name, lambda: host.arrived(frame))
+
+    def tunnel(self, host: SimHost, frame: Frame) -> None:
+        other = self.hosts[self.new if host.name == self.old else self.old]
+        if self.is_cut(host, other):
+            self.lost(frame, "cut")
+        else:
+            home = other.name == self.old
+            self._travel(host.name, other.name, lambda: other.from_tunnel(frame, home=home))
+
+    def marker(self, sender: SimHost, seen: Callable[[], None]) -> int:
+        self._count += 1
+        number = self._count
+        self._markers[number] = lambda: self._travel(self.new, sender.name, seen)
+        self.launch(sender, ("marker", number))
+        return number
+
+    def marker_seen(self, number: int, _host: SimHost) -> None:
+        seen = self._markers.pop(number, None)
+        if seen is not None:
+            seen()
+
+    def forget_marker(self, number: int) -> bool:
+        return self._markers.pop(number, None) is not None
+
+    def lost(self, frame: Frame, why: str) -> None:
+        if frame[0] != "marker":
+            self.note("network", f"{frame} lost: {why}")
+            self.books.lost.append((frame, why))
+
+    def delivered(self, frame: Frame) -> None:
+        if frame in self.books.delivered:
+            raise Violation(f"frame {frame} was delivered twice")
+        self.books.delivered.add(frame)
+        if frame[1] < self.books.newest.get(frame[0], -1) and self.plan.lossless:
+            raise Violation(f"frame {frame} was overtaken")
+        self.books.newest[frame[0]] = max(frame[1], self.books.newest.get(frame[0], -1))
+
+    # ------------------------------------------------------------ what must hold
+
+    def _check(self) -> None:
+        """After every step: at most one copy runs, and only where the record says."""
+        running = [host.name for host in self.hosts.values() if host.copy == "running"]
+        if len(running) > 1:
+            raise Violation(f"two copies run: {running}")
+        if running and running[0] != self.vm_host:
+            raise Violation(f"a copy runs on {running[0]}, the record says {self.vm_host}")
+
+    def _verdict(self) -> Handover:
+        """At the end: the move has ended, the VM runs once, nothing of the move is left."""
+        if self.record is not None:
+            raise Violation(f"the move did not end: it is {self.record.phase}")
+        record = self.ended[f"m{self._moves}"]
+        vm = self.hosts[self.vm_host]
+        if vm.copy != "running" and vm.name not in self._killed:
+            # With its process the VM is gone: its own end, not the move's (6-11).
+            raise Violation(f"the VM does not run on {vm.name}: {vm.copy}")
+        for host in self.hosts.values():
+            if host.part is not None or host.kept is not None:
+                raise Violation(f"{host.name} still has a part: {host.part and host.part.stage}")
+            if host.gate is not None or host.tunnel or host.held is not None:
+                raise Violation(f"{host.name} still has a gate, a tunnel or a queue")
+            if host.copy != "none" and host is not vm:
+                raise Violation(f"a copy is left on {host.name}: {host.copy}")
+            if host.table != self.vm_host and host is not vm and host.name != self.old:
+                raise Violation(f"{host.name} sends to {host.table}, the VM is on {self.vm_host}")
+        self._settle_tables()
+        missing = self.books.sent - len(self.books.delivered)
+        if missing and self.plan.lossless:
+            raise Violation(f"{missing} frames were lost: {self.books.lost}")
+        return record
+
+    def _settle_tables(self) -> None:
+        """The agent's next round (nve/agent.py): forwarding as the record says."""
+        for host in self.hosts.values():
+            host.table = host.known = self.vm_host
+        if self.hosts[self.vm_host].copy != "running":
+            self.hosts[self.vm_host].copy = "running"  # its owner starts it anew
+            for host in self.hosts.values():
+                host.ring = deque()
