@@ -50,6 +50,7 @@ byte losses, crashes;
 #define say(WORD, N)    if :: nfull(up) -> up!WORD, N :: full(up) -> skip fi
 #define one_runs        !(copy[OLD] == runs && copy[NEW] == runs)
 #define in_place        (copy[OLD] != runs || home == OLD) && (copy[NEW] != runs || home == NEW)
+#define forget()        said = nothing; nve = 0 /* fewer states: nobody looks at them again */
 #define safe()          assert(one_runs); assert(in_place)
 #define peers(WHAT)     WHAT[PEER1] && WHAT[PEER2]
 #define every(WHAT)     WHAT[OLD] && WHAT[NEW] && peers(WHAT)
@@ -111,6 +112,7 @@ inline advance() {
   if :: phase == paused && is_received && has_steered[NEW] -> enter(paused, equal) :: else fi;
   if
   :: phase == equal -> enter(equal, committed); home = NEW /* one compare-and-set */
+  :: phase == equal -> enter(equal, aborting) /* which met another version */
   :: else
   fi;
   if :: phase == committed && is_running -> enter(committed, converging) :: else fi;
@@ -162,13 +164,15 @@ active proctype nva() {
   :: atomic { up?said, nve ->
        hear(said, nve); advance();
        if :: phase != closed && phase != aborted -> ask() :: else fi;
-       safe()
+       safe();
+       forget()
      }
-  :: atomic { losses < LOSSES && nempty(up) -> up?said, nve; losses++ }
+  :: atomic { losses < LOSSES && nempty(up) -> up?said, nve; losses++; forget() }
   :: atomic { phase == planned || phase == precopy || phase == paused -> turn_back(); ask() }
   :: atomic { crashes < CRASHES && phase != closed && phase != aborted -> /* NVA dies, is back */
        crashes++;
        do :: up?said, nve :: empty(up) -> break od;
+       forget();
        ask()
      }
   :: atomic { timeout -> ask() } /* a tick: nothing else can happen */
