@@ -56,7 +56,7 @@ _TO_PHASE: dict[Phase, tuple[m.CoordinatorEvent, ...]] = {
         m.Prepared(move="m1", nve=OLD),
         m.Prepared(move="m1", nve=PEER),
     ),
-    "paused": (m.Stopped(move="m1", nve=OLD, held_ns=10, stop_ns=20, rescued=0, memory=Memory()),),
+    "paused": (m.Stopped(move="m1", nve=OLD, held_ns=10, stop_ns=20, memory=Memory()),),
     "equal": (
         m.Steered(move="m1", nve=NEW, at_ns=25),
         m.Received(move="m1", nve=NEW, at_ns=30),
@@ -91,7 +91,8 @@ def every_event() -> list[m.CoordinatorEvent]:
         m.Start(),
         m.Prepared(move="m1", nve=OLD),
         m.Progress(move="m1", nve=OLD, memory=Memory(rounds=2)),
-        m.Stopped(move="m1", nve=OLD, held_ns=10, stop_ns=20, rescued=0, memory=Memory()),
+        m.Flowing(move="m1", nve=OLD, held_ns=10),
+        m.Stopped(move="m1", nve=OLD, held_ns=10, stop_ns=20, memory=Memory()),
         m.Received(move="m1", nve=NEW, at_ns=30),
         m.Steered(move="m1", nve=PEER, at_ns=25),
         m.Digested(move="m1", nve=NEW, sha256="00"),

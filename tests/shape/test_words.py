@@ -97,5 +97,5 @@ def test_each_step_says_whether_it_is_l2_l3_or_both() -> None:
     text = (ROOT / "spec" / "handover.md").read_text()
     table = text.split("## Order of stages")[1].split("## Rules")[0]
     rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")][2:]
-    assert len(rows) == 10
+    assert len(rows) == 11
     assert {row[-1].strip() for row in rows} <= {"L2", "L3", "L2, L3", "both"}

@@ -19,6 +19,7 @@ from overland.cli.options import Output
 from overland.cli.output import Exit, Failure, Format, done, fail
 from overland.cli.probe import probe
 from overland.cli.records import host, network
+from overland.cli.sim import sim
 from overland.cli.vm import migration, vm
 from overland.config import ConfigFailure, NvaConfig, NveConfig, load
 from overland.ports import PortFailure
@@ -41,6 +42,7 @@ for _name, _part in (
     ("probe", probe),
 ):
     app.add_typer(_part, name=_name)
+app.command("sim")(sim)
 
 
 @app.callback()

@@ -14,8 +14,11 @@ LEAD_S = 0.1
 """Of a single round: how long before its end the gate closes: QEMU's own window of rate limiting,
 within which it may send the whole rest at once."""
 
-LAST_PART = 0.25
-"""The same as a part of memory, while the rate is not known yet."""
+SWEEP_BYTES = 32 << 20
+"""What may go by between two looks besides: pages of zeros are not sent, so no rate limits them."""
+
+LAST_PART = 0.5
+"""The same as a part of memory, while the rate is not known yet; and at the most."""
 
 
 def expected_stop_s(transfer: Transfer) -> float:
@@ -35,7 +38,8 @@ def converged(transfer: Transfer, options: Options) -> bool:
         return True
     if transfer.single_round and transfer.status == "active":
         rate = transfer.bandwidth_bytes_per_s
-        lead_bytes = rate * LEAD_S if rate > 0 else transfer.total_bytes * LAST_PART
+        most = transfer.total_bytes * LAST_PART
+        lead_bytes = min(rate * LEAD_S + SWEEP_BYTES, most) if rate > 0 else most
         return 0 < transfer.remaining_bytes <= lead_bytes
     if transfer.status != "active" or transfer.passes < 2:
         return False

@@ -36,6 +36,7 @@ from overland.mobility.messages import (
     Digest,
     Digested,
     Failed,
+    Flowing,
     Force,
     GiveBack,
     GivenBack,
@@ -113,6 +114,8 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             return _failing(record, event, now_s, now_ns)
         case Progress(memory=memory):
             return msgspec.structs.replace(record, memory=memory), ()
+        case Flowing(held_ns=held_ns):
+            return _flowing(record, held_ns)
         case Stopped():
             return _stopped(record, event, now_s, now_ns)
         case Received(at_ns=at_ns):
@@ -215,6 +218,8 @@ def _outstanding(record: Handover, nve: str) -> tuple[CoordinatorEffect, ...]:
             return (_prepare(record, nve),) if ready else ()
         case "precopy" if nve == record.old_nve:
             return (_tell(nve, Send(move=move, uri=record.uri)),)
+        case "precopy" if record.held_ns:
+            return _steer_again(record, nve)
         case "paused" | "equal":
             return _steer_again(record, nve) + _digest_again(record, nve)
         case "committed" if nve == record.new_nve:
@@ -305,20 +310,31 @@ def _prepared(record: Handover, event: Prepared, now_s: float, now_ns: int) -> S
     return record, (_tell(record.old_nve, Send(move=record.id, uri=record.uri)),)
 
 
+def _flowing(record: Handover, held_ns: int) -> Step:
+    """The old NVE redirects: steering need not wait for the VM's stop.
+
+    The new NVE first: until its own tables lead to the port, nobody may send there directly.
+    """
+    if record.phase != "precopy" or record.held_ns:
+        return record, ()
+    record = msgspec.structs.replace(record, held_ns=held_ns)
+    return record, (_tell(record.new_nve, Steer(move=record.id)),)
+
+
 def _stopped(record: Handover, event: Stopped, now_s: float, now_ns: int) -> Step:
     if record.phase != "precopy":
         return record, ()
+    told = bool(record.held_ns)
     record = msgspec.structs.replace(
         _enter(record, "paused", now_ns),
         held_ns=event.held_ns,
         stop_ns=event.stop_ns,
         memory=event.memory,
-        packets=msgspec.structs.replace(record.packets, rescued=event.rescued),
         deadline_s=now_s + STOPPED_LIMIT_S,
     )
-    # The new NVE first: until its own tables lead to the port, nobody may send there directly.
-    effects: tuple[CoordinatorEffect, ...] = (_tell(record.new_nve, Steer(move=record.id)),)
-    return record, effects
+    if not told:
+        return record, (_tell(record.new_nve, Steer(move=record.id)),)
+    return _equal_if_ready(record, now_ns)
 
 
 def _received(record: Handover, at_ns: int, now_ns: int) -> Step:
@@ -363,7 +379,7 @@ def _steered(record: Handover, nve: str, at_ns: int, now_s: float, now_ns: int) 
     if record.phase == "aborting":
         turning = record.restored and not record.closing and nve in record.waiting
         return _turned_back(record, nve, now_s) if turning else (record, ())
-    if nve in _names(record.steered) or not record.stop_ns:
+    if nve in _names(record.steered) or not record.held_ns:
         return record, ()
     seen = Acknowledgement(nve=nve, at_ns=at_ns)
     record = msgspec.structs.replace(record, steered=(*record.steered, seen))

@@ -120,12 +120,17 @@ class Progress(Report, frozen=True, kw_only=True, tag=True):
     memory: Memory
 
 
+class Flowing(Report, frozen=True, kw_only=True, tag=True):
+    """The VM hears nothing more since `held_ns`; what comes for it goes into the tunnel."""
+
+    held_ns: int
+
+
 class Stopped(Report, frozen=True, kw_only=True, tag=True):
-    """The VM is stopped; its frames flow into the tunnel, in order, since `at_ns`."""
+    """The VM is stopped since `stop_ns`; what waited since `held_ns` flows into the tunnel."""
 
     held_ns: int
     stop_ns: int
-    rescued: int
     memory: Memory
 
 
@@ -179,6 +184,7 @@ class Failed(Report, frozen=True, kw_only=True, tag=True):
 AnyReport = (
     Prepared
     | Progress
+    | Flowing
     | Stopped
     | Received
     | Steered
@@ -315,7 +321,7 @@ class HoldPorts(Do, frozen=True, kw_only=True, tag=True):
 
 
 class AwaitDrained(Do, frozen=True, kw_only=True, tag=True):
-    """Let the VM take what is in its tap's ring; goes on at the timeout (rescue follows)."""
+    """Let the VM take what is in its tap's ring; Done's number is 1 when it has, 0 at timeout."""
 
     timeout_s: float
 

@@ -3,9 +3,11 @@
     arming -> armed -> sending -> stopping -> stopped -> closing -> closed
                  any before Retire --Restore--> returning -> returned -> closing -> closed
 
-From the gate's hold on, a frame for the VM waits here; after STOP, what the old tap still had goes
-ahead, then what waited, then the kernel redirects. Hold comes before STOP, so that QEMU has taken
-and delivered all it has read: what it keeps inside when it stops would be lost.
+From the gate's hold on, a frame for the VM waits here. Hold comes before STOP, so that QEMU takes
+and delivers all it has read: what it keeps inside when it stops would be lost. Once the VM has
+emptied its ring, what waits goes into the tunnel, then the kernel redirects, and everybody steers:
+all of that while the VM still runs. What it does not empty in time is rescued after STOP, ahead of
+the rest.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from overland.mobility.messages import (
     Do,
     Done,
     FinishSend,
+    Flowing,
     Force,
     Forget,
     HoldPorts,
@@ -52,7 +55,17 @@ from overland.mobility.messages import (
     TransferSeen,
     WatchTransfer,
 )
-from overland.mobility.nve import RESTARTED, Part, PartStep, failed, failure_of, memory_of, to
+from overland.mobility.nve import (
+    RESTARTED,
+    Part,
+    PartStep,
+    Stage,
+    failed,
+    failure_of,
+    memory_of,
+    to,
+)
+from overland.model.handover import Packets
 
 DRAIN_LIMIT_S = 0.05
 """How long the VM may take to empty its tap's ring before it is stopped and the rest rescued."""
@@ -79,7 +92,7 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
         case "sending", TransferSeen():
             return _seen(part, event)
         case "sending", Force():
-            return _stop(part)
+            return _stop(part, drained=False)
         case "stopping" | "stopped", Done():
             return _stopping(part, event)
         case "stopped", Digest():
@@ -91,8 +104,7 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             stop = (StopCopy(),) if part.retired else ()
             return part, (CleanUp(), *stop)
         case "closing", Done(effect="CleanUp", packets=packets) if part.retired:
-            closed = Closed(move=part.move, nve=part.nve, packets=packets, memory=part.memory)
-            return part, (Say(report=closed),)
+            return part, (_closed(part, packets),)
         case "closing", Done(effect="StopCopy") | Broken(effect="StopCopy"):
             return to(part, "closed")
         case "closing", Broken(effect="CleanUp") if part.retired:
@@ -101,8 +113,7 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
         case "closing", Broken(effect="CleanUp"):
             return to(part, "closed", Say(report=Closed(move=part.move, nve=part.nve)))
         case "closing", Done(effect="CleanUp", packets=packets):
-            said = Closed(move=part.move, nve=part.nve, packets=packets, memory=part.memory)
-            return to(part, "closed", Say(report=said))
+            return to(part, "closed", _closed(part, packets))
         case _, Restore() if not part.retired and part.stage not in ("closing", "closed"):
             return _restore(part)
         case "returning", Broken(effect=effect) if effect not in ("ResumeVm", "vm"):
@@ -128,37 +139,64 @@ def _seen(part: Part, event: TransferSeen) -> PartStep:
         why = transfer.error or f"the transfer was {transfer.status}"
         return failed(part, "send", why)
     if converged(transfer, part.options):
-        return _stop(part)
+        return _stop(part, drained=transfer.status == "completed")
     progress = Progress(move=part.move, nve=part.nve, memory=part.memory)
     return part, (Say(report=progress), WatchTransfer())
 
 
-def _stop(part: Part) -> PartStep:
-    return to(
-        part,
-        "stopping",
-        HoldPorts(),
-        AwaitDrained(timeout_s=DRAIN_LIMIT_S),
-        FinishSend(),
-        ReleaseInto(tunnel=True),
-    )
+def _stop(part: Part, *, drained: bool) -> PartStep:
+    """With `drained` the VM has stopped already: nobody empties its ring any more."""
+    if drained:
+        return to(part, "stopping", HoldPorts(), *_STOP_FIRST)
+    return to(part, "stopping", HoldPorts(), AwaitDrained(timeout_s=DRAIN_LIMIT_S))
+
+
+_STOP_FIRST: tuple[Do, ...] = (FinishSend(), ReleaseInto(tunnel=True))
+_STOP_LAST: tuple[Do, ...] = (ReleaseInto(tunnel=True), FinishSend())
 
 
 def _stopping(part: Part, event: Done) -> PartStep:
     match event.effect:
         case "HoldPorts":
             return msgspec.structs.replace(part, held_ns=event.number), ()
+        case "AwaitDrained":
+            return part, _STOP_LAST if event.number else _STOP_FIRST
         case "FinishSend":
-            return msgspec.structs.replace(part, stop_ns=event.number), ()
+            part = msgspec.structs.replace(part, stop_ns=event.number)
+            return _progressed(part)
         case "ReleaseInto":
             rescued = part.rescued + event.number
-            part = msgspec.structs.replace(part, stage="stopped", rescued=rescued)
-            return part, _said(part)
+            return _progressed(msgspec.structs.replace(part, flowing=True, rescued=rescued))
         case "TakeDigest":
             said_digest = Digested(move=part.move, nve=part.nve, sha256=event.text)
             return part, (Say(report=said_digest),)
         case _:
             return part, ()
+
+
+def _progressed(part: Part) -> PartStep:
+    """Stopped means both: the VM stands still, and what waited for it has gone ahead."""
+    stage: Stage = "stopped" if part.stop_ns and part.flowing else part.stage
+    part = msgspec.structs.replace(part, stage=stage)
+    return part, _said(part)
+
+
+def _stopped(part: Part) -> Say:
+    return Say(
+        report=Stopped(
+            move=part.move,
+            nve=part.nve,
+            held_ns=part.held_ns,
+            stop_ns=part.stop_ns,
+            memory=part.memory,
+        )
+    )
+
+
+def _closed(part: Part, packets: Packets) -> Say:
+    packets = msgspec.structs.replace(packets, rescued=part.rescued)
+    closed = Closed(move=part.move, nve=part.nve, packets=packets, memory=part.memory)
+    return Say(report=closed)
 
 
 def _restore(part: Part) -> PartStep:
@@ -201,19 +239,13 @@ def _said(part: Part) -> tuple[Do, ...]:
         case "armed":
             return (Say(report=Prepared(move=part.move, nve=part.nve)),)
         case "stopped":
-            stopped = Stopped(
-                move=part.move,
-                nve=part.nve,
-                held_ns=part.held_ns,
-                stop_ns=part.stop_ns,
-                rescued=part.rescued,
-                memory=part.memory,
-            )
-            return (Say(report=stopped),)
+            return (_stopped(part),)
         case "returned":
             return (Say(report=Restored(move=part.move, nve=part.nve)),)
         case "returning" | "closing":
             return ()
+        case "stopping" if part.flowing and part.failure is None:
+            return (Say(report=Flowing(move=part.move, nve=part.nve, held_ns=part.held_ns)),)
         case _:
             return failure_of(part)
 

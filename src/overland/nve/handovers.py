@@ -367,10 +367,12 @@ class _Performer:
             at_ns = await self._path.hold_port(port.port)
         return m.Done(effect="HoldPorts", number=at_ns)
 
-    async def _AwaitDrained(self, effect: m.Do) -> None:
+    async def _AwaitDrained(self, effect: m.Do) -> m.Done:
         assert isinstance(effect, m.AwaitDrained)
+        drained = True
         for port in self._part.ports:
-            await self._path.port_drained(port.port, effect.timeout_s)
+            drained &= await self._path.port_drained(port.port, effect.timeout_s)
+        return m.Done(effect="AwaitDrained", number=int(drained))
 
     async def _FinishSend(self, _: m.Do) -> m.Done:
         return m.Done(effect="FinishSend", number=await self._hypervisor.finish(self._vm))
@@ -413,7 +415,7 @@ class _Performer:
 
     async def _ResumeVm(self, _: m.Do) -> m.NveEvent:
         held = 0
-        if self._part.role == "new" and await self._hypervisor.state(self._vm) is None:
+        if self._part.role == "new" and self._vm not in await self._hypervisor.names():
             return m.Broken(effect="vm", why="QEMU ended")
         if self._part.role == "new":
             for port in self._part.ports:

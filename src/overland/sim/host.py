@@ -273,7 +273,7 @@ class SimHost:
         self._ok(effect)
 
     def _AwaitDrained(self, effect: m.Do) -> None:
-        self._ok(effect)
+        self._ok(effect, number=int(self.copy == "running" and self.world.random.random() < 0.8))
 
     def _FinishSend(self, effect: m.Do) -> None:
         if self.copy not in ("running", "sent"):

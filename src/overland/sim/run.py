@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from overland.sim.world import Plan, Violation, World
@@ -63,6 +62,11 @@ def _explained(seed: int, moves: int, why: str) -> Failing:
     return Failing(seed=seed, move=move, why=why, trace=lines)
 
 
-def seeds(first: int, last: int) -> Iterator[int]:
-    """`first` included, `last` not."""
-    return iter(range(first, last))
+def first_failing(first: int, last: int, moves: int) -> int | None:
+    """The first seed from `first` on, before `last`, that does not hold; None when all do."""
+    for seed in range(first, last):
+        try:
+            simulate(seed, moves)
+        except Violation:
+            return seed
+    return None

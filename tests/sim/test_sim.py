@@ -1,0 +1,97 @@
+"""The simulation in CI: twenty thousand seeds, and those that once found something."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from overland.mobility import messages as m
+from overland.sim import run
+from overland.sim.host import SimHost
+from overland.sim.world import Plan, World
+
+FOUND = Path(__file__).parent / "found.txt"
+SEEDS, CHUNK = 20_000, 500
+
+
+def found_seeds() -> list[tuple[int, int]]:
+    lines = [line.split() for line in FOUND.read_text().splitlines() if line[0] != "#"]
+    return [(int(seed), int(moves)) for seed, moves, *_ in lines]
+
+
+def chunk(first: int) -> int | None:
+    return run.first_failing(first, first + CHUNK, 1)
+
+
+@pytest.mark.req("R-14")
+@pytest.mark.req("R-45")
+@pytest.mark.req("R-42")
+@pytest.mark.timeout(300)
+def test_twenty_thousand_seeds() -> None:
+    """At most one copy runs, every move ends, every subscriber converges, nothing is left."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        failed = [seed for seed in pool.map(chunk, range(0, SEEDS, CHUNK)) if seed is not None]
+    assert failed == [], run.failing(failed[0], 1)
+
+
+@pytest.mark.parametrize(("seed", "moves"), found_seeds())
+def test_seeds_that_once_found_something(seed: int, moves: int) -> None:
+    assert run.failing(seed, moves) is None
+
+
+@pytest.mark.req("R-36")
+def test_without_faults_every_frame_arrives_once_and_in_order() -> None:
+    for seed in range(50):
+        world = World(seed)
+        record = world.run(Plan(frames=40))
+        assert record.outcome == "moved"
+        assert len(world.books.delivered) == world.books.sent == 40
+
+
+@pytest.mark.req("R-14")
+def test_a_planted_bug_is_found_and_told_with_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def runs_at_once(self: SimHost, effect: m.Do) -> None:
+        self.copy = "running"
+        self._ok(effect, text="tcp:new:1")
+
+    monkeypatch.setattr(SimHost, "_ReceiveCopy", runs_at_once)
+    failure = run.failing(0, 1)
+    assert failure is not None
+    assert "two copies run" in failure.why
+    assert any("ReceiveCopy" in line for line in failure.trace)
+    assert run.failing(0, 1) == failure
+
+
+def test_a_seed_gives_the_same_trace_in_every_process() -> None:
+    """No order that depends on how strings hash may decide anything."""
+    told = "from overland.sim.run import simulate; print(simulate(7, 3, trace=True).trace)"
+    traces = {
+        subprocess.run(
+            [sys.executable, "-c", told],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(traces) == 1
+    assert "Activate" in traces.pop()
+
+
+@pytest.mark.parametrize("words", [["--seeds", "x"], ["--seeds", "5:5"], ["--moves", "0"]])
+def test_wrong_words_are_one_clear_line(words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "overland", "sim", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --")
+    assert len(done.stderr.splitlines()) == 1
