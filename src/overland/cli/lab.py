@@ -24,6 +24,7 @@ lab = typer.Typer(no_args_is_help=True, help="A data centre on one machine.")
 endpoint = typer.Typer(no_args_is_help=True, help="Namespaces attached like VMs.")
 lab.add_typer(endpoint, name="endpoint")
 Name = Annotated[str, typer.Option("--name", help="the lab's name")]
+Timeout = Annotated[float, typer.Option(help="seconds to wait for the guest")]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "overland"
 ANYTHING = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -48,9 +49,9 @@ def lab_state(name: str) -> dict[str, Any]:
 
 @lab.command("up")
 def up(
-    hosts: int = 3,
+    hosts: Annotated[int, typer.Option(help="1 to 200")] = 3,
     name: Name = "lab",
-    nvas: int = 1,
+    nvas: Annotated[int, typer.Option(help="1; more are not built")] = 1,
     output: Output = Format.table,
 ) -> None:
     """Bring a lab up; returns when all hosts are ready."""
@@ -132,7 +133,7 @@ def execute(context: typer.Context, host: str, name: Name = "lab") -> None:
 
 
 @lab.command("guest", context_settings=ANYTHING)
-def in_guest(context: typer.Context, vm: str, name: Name = "lab", timeout: float = 30.0) -> None:
+def in_guest(context: typer.Context, vm: str, name: Name = "lab", timeout: Timeout = 30.0) -> None:
     """Run a command in a VM that runs the lab's guest image; prints its output."""
     client = Client(lab_state(name)["api"])
     host = client.call("GET", f"/v1/vms/{vm}")["host"]
@@ -149,10 +150,10 @@ def in_guest(context: typer.Context, vm: str, name: Name = "lab", timeout: float
 @endpoint.command("add")
 def endpoint_add(
     name: str,
-    host: Annotated[str, typer.Option()],
-    network: Annotated[str, typer.Option()],
-    ipv4: str | None = None,
-    ipv6: str | None = None,
+    host: Annotated[str, typer.Option(help="where it is attached")],
+    network: Annotated[str, typer.Option(help="which network")],
+    ipv4: Annotated[str | None, typer.Option(help="chosen when left out")] = None,
+    ipv6: Annotated[str | None, typer.Option(help="chosen when left out")] = None,
     lab_name: Annotated[str, typer.Option("--lab", help="the lab's name")] = "lab",
     api: Api = None,
     output: Output = Format.table,

@@ -108,7 +108,7 @@ def start(
     rate: Annotated[int, typer.Option(help="packets a second, each direction")] = 5000,
     rate_from_vm: Annotated[int | None, typer.Option(help="if not the same as --rate")] = None,
     size: Annotated[int, typer.Option(help="payload bytes")] = 200,
-    tcp: bool = True,
+    tcp: Annotated[bool, typer.Option(help="a TCP stream beside each UDP one")] = True,
     lab: Lab = "lab",
     output: Output = Format.table,
 ) -> None:
@@ -131,7 +131,7 @@ def run(
     rate: Annotated[int, typer.Option(help="packets a second, each direction")] = 5000,
     rate_from_vm: Annotated[int | None, typer.Option(help="if not the same as --rate")] = None,
     size: Annotated[int, typer.Option(help="payload bytes")] = 200,
-    tcp: bool = True,
+    tcp: Annotated[bool, typer.Option(help="a TCP stream beside each UDP one")] = True,
     duration: Annotated[float, typer.Option(help="seconds")] = 10.0,
     lab: Lab = "lab",
     output: Output = Format.table,

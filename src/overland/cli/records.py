@@ -20,10 +20,10 @@ HOST_COLUMNS = ("name", "ready", "underlay_ipv4", "underlay_ipv6", "accelerator"
 def network_create(
     name: str,
     vni: Annotated[int, typer.Option(help="VXLAN identifier, 1 to 16777215")],
-    kind: str = "l2",
+    kind: Annotated[str, typer.Option(help="l2; no other kind is built")] = "l2",
     ipv4: Annotated[str | None, typer.Option(help="subnet")] = None,
     ipv6: Annotated[str | None, typer.Option(help="subnet")] = None,
-    mtu: int = 1500,
+    mtu: Annotated[int, typer.Option(help="what tenants may use, in bytes")] = 1500,
     underlay: Annotated[str, typer.Option(help="ipv4 or ipv6: the outer family")] = "ipv4",
     api: Api = None,
     output: Output = Format.table,

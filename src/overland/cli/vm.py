@@ -51,12 +51,14 @@ def create(
     name: str,
     network: Annotated[list[str], typer.Option(help="NAME[,ipv4=A][,ipv6=A][,mac=M]")],
     host: Annotated[str, typer.Option(help="where it starts")],
-    memory: str = "128MiB",
-    vcpus: int = 1,
+    memory: Annotated[str, typer.Option(help="16MiB or more")] = "128MiB",
+    vcpus: Annotated[int, typer.Option(help="virtual processors")] = 1,
     image: Annotated[str | None, typer.Option(help="disk image on the host")] = None,
-    kernel: str | None = None,
-    initrd: str | None = None,
-    append: str = "",
+    kernel: Annotated[
+        str | None, typer.Option(help="kernel on the host, instead of an image")
+    ] = None,
+    initrd: Annotated[str | None, typer.Option(help="initial RAM disk on the host")] = None,
+    append: Annotated[str, typer.Option(help="kernel command line")] = "",
     api: Api = None,
     output: Output = Format.table,
 ) -> None:
@@ -122,14 +124,18 @@ def vm_delete(name: str, api: Api = None, output: Output = Format.table) -> None
 def migrate(
     name: str,
     to: Annotated[str, typer.Option(help="the new host")],
-    hot: Annotated[bool, typer.Option("--hot/--no-hot", "--live")] = True,
-    max_downtime: str = "300ms",
+    hot: Annotated[
+        bool, typer.Option("--hot/--no-hot", "--live", help="the VM runs while it is copied")
+    ] = True,
+    max_downtime: Annotated[str, typer.Option(help="longest stop to accept")] = "300ms",
     bandwidth: Annotated[str | None, typer.Option(help="bytes a second, such as 1GiB")] = None,
-    timeout: str = "300s",
+    timeout: Annotated[str, typer.Option(help="for the copy of memory")] = "300s",
     timeout_action: Annotated[str, typer.Option(help="abort or pause")] = "abort",
     verify: Annotated[bool, typer.Option(help="compare memory digests at equality")] = False,
-    dry_run: bool = False,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait")] = True,
+    dry_run: Annotated[
+        bool, typer.Option(help="check only, and list what stands against it")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="or print the id at once")] = True,
     api: Api = None,
     output: Output = Format.table,
 ) -> None:
