@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from overland.lab import lab as labs
 from overland.lab.topology import topology
 from overland.mobility import messages as m
-from overland.model.handover import Handover
+from overland.model.handover import Handover, Memory
 from overland.nva.handovers import Handovers
 from overland.ports import Put, StoreFailure
 from overland.store.sqlite import SqliteStore
@@ -183,3 +184,31 @@ async def until(true: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not true():  # noqa: ASYNC110 - nothing else tells
             await asyncio.sleep(0.005)
+
+
+class Remembered:
+    """Records in memory."""
+
+    async def journal(self, record: Handover) -> None: ...
+
+    async def commit(self, record: Handover) -> None: ...
+
+    def publish(self, record: Handover) -> None: ...
+
+    async def open_moves(self) -> list[Handover]:
+        return []
+
+
+async def test_a_deadline_is_kept_however_much_is_reported() -> None:
+    """Reports that came faster than ticks hid a deadline that had passed."""
+    record = in_phase("precopy")
+    ended: list[Handover] = []
+    handovers = Handovers(Remembered(), lambda _nve, _order: None, ended.append)
+    past = msgspec.structs.replace(record.options, timeout_s=0.01)
+    handovers.begin(msgspec.structs.replace(record, options=past))
+
+    def aborting() -> bool:
+        handovers.report(m.Progress(move=record.id, nve=OLD, memory=Memory()))
+        return any(each.phase == "aborting" for each in ended)
+
+    await until(aborting)

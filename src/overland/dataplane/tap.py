@@ -17,6 +17,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from overland.dataplane.devices import interface_index
 from overland.ports import KernelFailure
 
 _TUN = "/dev/net/tun"
@@ -123,7 +124,14 @@ class TapTable:
         set_queue_length(name, frames)
 
     def fd(self, name: str) -> int:
-        """Our own descriptor; KernelFailure when we have none."""
+        """Our own descriptor; KernelFailure when we have none.
+
+        A tap that a former daemon left, and that no VM has, is ours again.
+        """
+        if name not in self._fds:
+            interface_index(name)  # opening a tap that is not there would make it
+            with contextlib.suppress(_Busy):
+                self._fds[name] = _open_free(name)
         if name not in self._fds:
             raise KernelFailure(f"no descriptor of tap {name} here")
         return self._fds[name]

@@ -428,11 +428,13 @@ class QemuHypervisor:
 
     async def finish(self, vm: str) -> int:
         machine = self._machine(vm)
-        if not await self._single_round():
-            with contextlib.suppress(HypervisorFailure):
-                # QEMU stops the VM itself as soon as it may; it may already have done so.
-                limit = {"downtime-limit": UNLIMITED_DOWNTIME_MS}
-                await self._do(machine, "migrate-set-parameters", **limit)
+        # QEMU stops the VM itself as soon as it may, a single round when its rest is sent: the rest
+        # is no longer paced, because the VM hears nothing meanwhile. It may already have done so.
+        limit = {"downtime-limit": UNLIMITED_DOWNTIME_MS}
+        if await self._single_round():
+            limit = {"max-bandwidth": UNLIMITED_BYTES_PER_S}
+        with contextlib.suppress(HypervisorFailure):
+            await self._do(machine, "migrate-set-parameters", **limit)
         await self._wait(machine, "STOP", lambda: machine.stopped_ns, STOP_LIMIT_S)
         return machine.stopped_ns
 

@@ -14,7 +14,7 @@ LEAD_S = 0.1
 """Of a single round: how long before its end the gate closes: QEMU's own window of rate limiting,
 within which it may send the whole rest at once."""
 
-SWEEP_BYTES = 32 << 20
+SWEEP_BYTES = 64 << 20
 """What may go by between two looks besides: pages of zeros are not sent, so no rate limits them."""
 
 LAST_PART = 0.5

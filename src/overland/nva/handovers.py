@@ -126,6 +126,7 @@ class _Move:
         self._changed = changed
         self._events: asyncio.Queue[m.CoordinatorEvent] = asyncio.Queue()
         self._published = False
+        self._ticked_s = time.monotonic()
 
     def post(self, event: m.CoordinatorEvent) -> None:
         self._events.put_nowait(event)
@@ -135,12 +136,18 @@ class _Move:
             await self._handle(await self._next())
 
     async def _next(self) -> m.CoordinatorEvent:
-        left_s = self.record.deadline_s - time.monotonic()
+        now_s = time.monotonic()
+        left_s = self.record.deadline_s - now_s
+        if left_s <= 0 and now_s - self._ticked_s >= TICK_S:
+            # However much is reported meanwhile: a deadline that has passed is looked at.
+            self._ticked_s = now_s
+            return m.Tick()
         wait_s = left_s if 0 < left_s < TICK_S else TICK_S
         try:
             async with asyncio.timeout(wait_s):
                 return await self._events.get()
         except TimeoutError:
+            self._ticked_s = time.monotonic()
             return m.Tick()
 
     async def _handle(self, event: m.CoordinatorEvent) -> None:
