@@ -48,10 +48,10 @@ def prepare() -> None:
 
 
 def restart_under_traffic(rate: int) -> dict[str, Any]:
-    """Kill and restart every NVE daemon, one after the other, under streams."""
+    """Kill and restart every daemon, one after the other, under streams."""
     overland("probe", "start", "web", "--lab", LAB, "--rate", str(rate))
-    for host in HOSTS:
-        overland("lab", "restart", host, "--name", LAB)
+    for daemon in (*HOSTS, "nva"):
+        overland("lab", "restart", daemon, "--name", LAB)
         time.sleep(2)
     verdict = overland("probe", "stop", "--lab", LAB, "-o", "json", check=False)
     return dict(verdict["total"])
@@ -139,7 +139,7 @@ def report(
     ):
         row(what, spread([each[key] for each in moved if each[key] is not None]))
     lost = restarts["lost"], restarts["duplicated"], restarts["out_of_order"]
-    row("3 NVE restarts: lost, doubled, disordered", "{}, {}, {}".format(*lost))
+    row("restarts of 3 NVEs, NVA: lost, doubled, late", "{}, {}, {}".format(*lost))
 
 
 if __name__ == "__main__":

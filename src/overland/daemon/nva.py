@@ -66,6 +66,7 @@ class Domain:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._move_events: dict[str, asyncio.Condition] = {}
         self._latest: dict[str, Handover] = {}
+        self._complete = False
 
     async def run(self) -> None:
         run_first()
@@ -80,6 +81,7 @@ class Domain:
         except OSError as error:
             at = f"{config.wire_address}:{config.wire_port}"
             raise PortFailure(f"cannot listen on {at}: {error.strerror}") from None
+        asyncio.get_running_loop().call_later(config.lease_s, self._is_complete)
         await self.handovers.recover()
         server = uvicorn.Server(
             uvicorn.Config(create_app(self), log_level="warning", lifespan="off")
@@ -104,6 +106,8 @@ class Domain:
             if network not in self.authority.cluster.networks:
                 self._push(host, network)
         self.authority.host_seen(hello.host)
+        if not self._complete and self._expected() <= self.authority.cluster.hosts.keys():
+            self._is_complete()
         for network in self.authority.cluster.networks:
             self._push(host, network)
         self.handovers.back(host)
@@ -111,6 +115,19 @@ class Domain:
             self._settle(host, move)
         if not hello.moves:
             self._compare(host, hello.vms)
+
+    def _expected(self) -> set[str]:
+        """The hosts that must be heard of before what is known of a network is all of it."""
+        return {tsi.host for tsi in self.authority.cluster.tsis()}
+
+    def _is_complete(self) -> None:
+        """After a start: all hosts have been heard, or those that have not are dead (N-21).
+
+        Until then nothing is pushed, and the NVEs forward with what they have (6-10).
+        """
+        if not self._complete:
+            self._complete = True
+            self._networks_changed(frozenset(self.authority.cluster.networks))
 
     def _settle(self, host: str, move_id: str) -> None:
         """An NVE still has a part in a move that has ended: tell it how (HO-21)."""
@@ -196,6 +213,8 @@ class Domain:
 
     def _push(self, host: str, network: str) -> None:
         """Tell `host` of `network` if it has a part in it (R-44) and this is news to it."""
+        if not self._complete:
+            return
         cluster = self.authority.cluster
         record = cluster.networks.get(network)
         member = record is not None and host in cluster.places(network)
