@@ -93,6 +93,8 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         ("vm", "list", "-o", "xml"),
         ("vm", "list", "--api", "ftp://nowhere"),
         ("vm", "list"),
+        ("vm",),
+        ("vm", "migrate", "web", "--to", "h2", "--timeout-action", "explode"),
     ],
     ids=" ".join,
 )

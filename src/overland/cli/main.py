@@ -114,7 +114,15 @@ def main() -> None:
     except PortFailure as failure:
         fail(Failure("daemon", str(failure), "failed"))
     except ClickException as error:
-        fail(Failure("usage", error.format_message(), "usage", "see --help", Exit.USAGE))
+        fail(
+            Failure(
+                "usage",
+                error.format_message() or "a verb is missing",
+                "usage",
+                "see --help",
+                Exit.USAGE,
+            )
+        )
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except OSError as error:

@@ -142,6 +142,9 @@ def migrate(
     """Move a running VM to another host; prints the receipt."""
     if not hot:
         raise Failure("vm migrate", "only hot moves are built", "unsupported_mode", "--hot", 3)
+    if timeout_action not in ("abort", "pause"):
+        why = f"{timeout_action!r}: use abort or pause"
+        raise Failure("--timeout-action", why, "usage", exit_code=Exit.USAGE)
     client = Client(api)
     wish = {
         "to": to,
