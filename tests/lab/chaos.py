@@ -202,9 +202,14 @@ class Lab:
     def until_ready(self) -> None:
         """Return when every NVE is known to the NVA again."""
         deadline_s = time.monotonic() + SETTLE_LIMIT_S
-        while not all(host["ready"] for host in ok("host", "list", "-o", "json")):
+        while not self._all_ready():
             assert time.monotonic() < deadline_s, "a host does not get ready"
             time.sleep(0.1)
+
+    def _all_ready(self) -> bool:
+        done = run("host", "list", "-o", "json")  # the NVA itself may be on its way back
+        hosts = json.loads(done.stdout) if done.returncode == 0 else []
+        return len(hosts) == len(HOSTS) and all(host["ready"] for host in hosts)
 
     def ended(self, move: str) -> dict[str, Any]:
         deadline_s = time.monotonic() + SETTLE_LIMIT_S
