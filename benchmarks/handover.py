@@ -68,7 +68,7 @@ def moves_under_traffic(moves: int, rate: int, back: int) -> dict[str, Any]:
         for n in range(moves)
     ]
     verdict = overland("probe", "stop", "--lab", LAB, "-o", "json", check=False)
-    return {"total": verdict["total"], "receipts": receipts}
+    return {"total": verdict["total"], "flows": verdict["flows"], "receipts": receipts}
 
 
 def quantile(values: list[float], part: float) -> float:

@@ -138,7 +138,11 @@ class HandoverPath(Protocol):
         ...
 
     async def port_drained(self, port: str, timeout_s: float) -> bool:
-        """Wait until the reader of `port` has taken every frame; False at the timeout."""
+        """Wait until the running VM has taken every frame that `port`'s ring had, under a hold.
+
+        Taken, not only read: a frame that its hypervisor read but cannot place yet stands before a
+        plug of ours in the ring, and the plug has to go as well. False at the timeout.
+        """
         ...
 
     async def release_port(self, port: str, to: Tunnel | None) -> int:
@@ -247,11 +251,16 @@ class Hypervisor(Protocol):
         """Return when more than `passes` rounds over memory were begun, or at the timeout."""
         ...
 
-    async def finish(self, vm: str) -> int:
-        """Stop the VM and let the transfer complete. Returns the STOP event's time (ns).
+    async def pace(self, vm: str, bytes_per_s: int) -> None:
+        """Send at most so fast from now on, until `finish`."""
+        ...
 
-        Returns as soon as the VM has stopped; `transfer` tells when all has been sent.
-        """
+    async def finish(self, vm: str) -> None:
+        """Let the VM be stopped and the transfer complete, as fast as the network takes it."""
+        ...
+
+    async def stopped(self, vm: str) -> int:
+        """Wait until the VM has stopped. Returns the STOP event's time (CLOCK_REALTIME ns)."""
         ...
 
     async def received(self, vm: str, timeout_s: float) -> int:

@@ -129,11 +129,11 @@ class Conversation:
                 self.queue.append((nve, effect))
             return
         self.transcript.append(f"{nve}: {name}")
-        if isinstance(effect, m.FinishSend):
+        if isinstance(effect, m.AwaitStop):
             self.running.discard(nve)
         if isinstance(effect, m.ResumeVm):
             self.running.add(nve)
         assert len(self.running) <= 1, "two copies run"
-        numbers = {"HoldPorts": 10, "FinishSend": 20, "AwaitCopy": 30, "ResumeVm": 50}
+        numbers = {"HoldPorts": 10, "AwaitStop": 20, "AwaitCopy": 30, "ResumeVm": 50}
         done = m.Done(effect=name, number=numbers.get(name, 25), text="tcp:x:1")
         self._nve(nve, done)

@@ -28,6 +28,7 @@ BEFORE_COMMIT = [
     (OLD, "AwaitDrained"),
     (OLD, "FinishSend"),
     (OLD, "ReleaseInto"),
+    (OLD, "AwaitStop"),
     (PEER, "ArmPeers"),
     (PEER, "ProvePath"),
 ]

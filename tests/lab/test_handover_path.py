@@ -6,6 +6,7 @@ when the "VM" stopped.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import socket
@@ -21,7 +22,7 @@ from overland.dataplane.devices import silence
 from overland.dataplane.gate import PATH_FRAME
 from overland.dataplane.gates import Gates
 from overland.dataplane.handover import LinuxHandoverPath
-from overland.dataplane.hold import Injector
+from overland.dataplane.hold import Injectors
 from overland.dataplane.tap import TapTable, read_frames, ring_empty, vnet_header_bytes
 from overland.model.names import hold_name, tunnel_name
 from overland.ports import KernelFailure, Tunnel
@@ -68,6 +69,7 @@ class Bench:
 
     path: LinuxHandoverPath
     taps: TapTable
+    injectors: Injectors
     frames: Iterator[int]
 
     def send(self, count: int, *, to: bytes = MAC) -> list[int]:
@@ -84,7 +86,8 @@ class Bench:
 
 
 def inject(device: str, frames: list[bytes]) -> None:
-    with contextlib.closing(Injector(device, mark=0)) as out:
+    with contextlib.closing(Injectors()) as sockets:
+        out = sockets.into(device, mark=0)
         for each in frames:
             out.send(each)
 
@@ -109,9 +112,10 @@ async def bench(namespace: None) -> AsyncIterator[Bench]:
         taps.make(PORT, 1000)
         silence(PORT)
         ip(f"link set {PORT} up")
-        path = LinuxHandoverPath(netlink, Gates(netlink), taps)
-        yield Bench(path, taps, itertools.count())
-        await path.disarm_port(PORT)
+        with contextlib.closing(Injectors()) as injectors:
+            path = LinuxHandoverPath(netlink, Gates(netlink), taps, injectors)
+            yield Bench(path, taps, injectors, itertools.count())
+            await path.disarm_port(PORT)
         taps.close()
 
 
@@ -253,6 +257,25 @@ async def test_a_plug_that_nobody_takes_is_a_failure(bench: Bench) -> None:
         await bench.path.open_port(PORT, 0.02)
 
 
+async def test_a_frame_that_qemu_cannot_place_is_waited_for(bench: Bench) -> None:
+    """HO-5: QEMU has read the last tenant's frame and reads nothing more until it is placed."""
+    await bench.path.arm_port(PORT, "under", 1000)
+    bench.send(3)
+    await bench.path.hold_port(PORT)
+    assert len(bench.taken()) == 3
+    assert not await bench.path.port_drained(PORT, 0.02)
+    fd = bench.taps.fd(PORT)
+    (plug,) = (each[vnet_header_bytes(fd) :] for each in read_frames(fd))
+    assert plug[12:14] == PATH_FRAME.to_bytes(2, "big")
+    drained = asyncio.create_task(bench.path.port_drained(PORT, 5.0))
+    readable = asyncio.Event()
+    asyncio.get_running_loop().add_reader(fd, readable.set)
+    await readable.wait()
+    asyncio.get_running_loop().remove_reader(fd)
+    assert bench.taken() == []
+    assert await drained
+
+
 async def test_the_vns_copy_of_a_broadcast_waits_for_the_activation(bench: Bench) -> None:
     """HO-17: until then broadcasts come by the tunnel."""
     broadcast = b"\xff" * 6
@@ -286,7 +309,7 @@ async def test_a_restarted_daemon_takes_a_released_gate_over(bench: Bench) -> No
     ear = Ear(tunnel_name(7))
     async with AsyncIPRoute() as netlink:
         _die(bench.path, PORT, 7)
-        heir = LinuxHandoverPath(netlink, Gates(netlink), bench.taps)
+        heir = LinuxHandoverPath(netlink, Gates(netlink), bench.taps, bench.injectors)
         await heir.open_tunnel(PORT, tunnel, home=True)
         await heir.arm_port(PORT, "under", 1000)
         await heir.release_port(PORT, tunnel)

@@ -17,6 +17,7 @@ from overland.daemon import run_first
 from overland.dataplane.announce import announce
 from overland.dataplane.gates import Gates
 from overland.dataplane.handover import LinuxHandoverPath
+from overland.dataplane.hold import Injectors
 from overland.dataplane.linux import LinuxKernel
 from overland.dataplane.nftables import Nftables
 from overland.dataplane.preflight import blockers, kernel_blockers, underlay_mtu
@@ -46,16 +47,17 @@ class Nve:
         gates = Gates(ip)
         nft = Nftables()
         nft.ensure()
+        injectors = Injectors()
         self._taps = taps
         self._hypervisor = QemuHypervisor(Path(config.run_dir), taps, config.qemu)
         self._agent = Agent(
             LinuxKernel(ip, nft, gates, taps, config.hold_frames),
-            lambda port: announce(port, taps.fd(port.port)),
+            lambda port: announce(port, injectors.into(port.device, mark=0), taps.fd(port.port)),
         )
         self._handovers = Handovers(
             config.host,
             self._hypervisor,
-            LinuxHandoverPath(ip, gates, taps),
+            LinuxHandoverPath(ip, gates, taps, injectors),
             self._agent,
             self._say,
             config.hold_frames,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import socket
 
+from overland.dataplane.hold import Injector
 from overland.dataplane.tap import vnet_header_bytes
 from overland.model.handover import MovingPort
+from overland.ports import KernelFailure
 
 ARP, RARP, IPV6 = 0x0806, 0x8035, 0x86DD
 BROADCAST = b"\xff" * 6
@@ -80,16 +81,18 @@ def announcements(mac: str, ipv4: str | None, ipv6: str | None) -> list[bytes]:
     return frames
 
 
-def announce(port: MovingPort, tap: int) -> None:
-    """Tell the other NVEs of the VN, and the tenants of this one; OSError when a device is gone.
+def announce(port: MovingPort, vn: Injector, tap: int) -> None:
+    """Tell the other NVEs of the VN, and the tenants of this one.
 
-    To the other NVEs straight from the VXLAN device: the bridge keeps gratuitous ARP from it. To
+    KernelFailure when a device is gone. To the other NVEs straight from the VXLAN device (`vn`):
+    the bridge keeps gratuitous ARP from it. To
     the tenants here as if the VM had spoken, by its `tap`: so it does not hear of itself.
     """
     frames = announcements(port.mac, port.ipv4, port.ipv6)
-    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as sock:
-        sock.bind((port.device, 0))
-        for frame in frames:
-            sock.send(frame)
     for frame in frames:
-        os.write(tap, bytes(vnet_header_bytes(tap)) + frame)
+        vn.send(frame)
+    try:
+        for frame in frames:
+            os.write(tap, bytes(vnet_header_bytes(tap)) + frame)
+    except OSError as error:
+        raise KernelFailure(f"{port.port}: {error.strerror}") from None

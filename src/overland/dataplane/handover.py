@@ -32,7 +32,7 @@ from overland.dataplane.gate import (
     Gate,
 )
 from overland.dataplane.gates import Gates
-from overland.dataplane.hold import HoldQueue, Injector, rescue
+from overland.dataplane.hold import HoldQueue, Injector, Injectors, rescue
 from overland.dataplane.tap import TapTable, read_frames, ring_empty, vnet_header_bytes
 from overland.model.handover import MovingPort
 from overland.model.names import bridge_name, hold_name, mark, tunnel_name, vni_of
@@ -46,10 +46,13 @@ _HOLD_MTU = 65000
 PLUG = bytes(12) + PATH_FRAME.to_bytes(2, "big") + bytes(46)
 """To nobody, from nobody: whatever a hypervisor makes of it, no guest takes it (HO-8)."""
 
-_DRAIN_LOOK_S = 0.0005
+_DRAIN_LOOK_S = 0.0002
+_MARKER_AGAIN_S = 0.25
+"""A marker can be lost like any frame; each that comes back proves the same."""
+
 _RECOUNT_LOOKS = 10_000
-_DRAIN_QUIET = 3
-"""Looks in a row that must find the ring empty: QEMU takes frames in batches."""
+_DRAIN_QUIET = 2
+"""Looks in a row that must find the ring empty: a frame may have passed the gate just before."""
 
 log = logging.getLogger(__name__)
 
@@ -94,13 +97,21 @@ class _Waiting:
         raise KernelFailure("frames come too fast to count what waits")
 
 
+def _moment() -> None:
+    """Sleep for less than an event loop can: its timers count in whole milliseconds."""
+    time.sleep(_DRAIN_LOOK_S)
+
+
 class LinuxHandoverPath:
     """The moving parts of one host's data path. `taps` are the descriptors of its VM taps."""
 
-    def __init__(self, ip: AsyncIPRoute, gates: Gates, taps: TapTable) -> None:
+    def __init__(
+        self, ip: AsyncIPRoute, gates: Gates, taps: TapTable, injectors: Injectors
+    ) -> None:
         self._ip = ip
         self._gates = gates
         self._taps = taps
+        self._injectors = injectors
         self._waiting: dict[tuple[str, str | None], _Waiting] = {}
         self._responders: dict[str, pathframe.Responder] = {}
 
@@ -152,15 +163,13 @@ class LinuxHandoverPath:
         gate.change(None, mode=HOLD, flags=UNICAST_ONLY)
         for _ in read_frames(self._taps.fd(port)):
             pass  # broadcasts from before the move: the VM has its own copies at the old host
-        plug = Injector(port)
-        plug.send(PLUG)
-        plug.close()
+        self._injectors.into(port).send(PLUG)
 
     async def open_port(self, port: str, timeout_s: float) -> None:
         gate = await self._gates.ensure(port, "port")
-        if not await self.port_drained(port, timeout_s):
+        if not await self._taken(port, timeout_s):
             raise KernelFailure(f"the hypervisor does not read {port}")
-        await self._release(port, None, gate, Injector(port), 0, path_frames=False)
+        await self._release(port, None, gate, self._injectors.into(port), 0, path_frames=False)
 
     async def admit_broadcast(self, port: str) -> None:
         gate = await self._gates.ensure(port, "port")
@@ -173,6 +182,10 @@ class LinuxHandoverPath:
         return time.time_ns()
 
     async def port_drained(self, port: str, timeout_s: float) -> bool:
+        self._injectors.into(port).send(PLUG)
+        return await self._taken(port, timeout_s)
+
+    async def _taken(self, port: str, timeout_s: float) -> bool:
         fd = self._taps.fd(port)
         deadline_s = time.monotonic() + timeout_s
         quiet = 0
@@ -180,7 +193,8 @@ class LinuxHandoverPath:
             quiet = quiet + 1 if ring_empty(fd) else 0
             if time.monotonic() > deadline_s:
                 return False
-            await asyncio.sleep(_DRAIN_LOOK_S)
+            _moment()
+            await asyncio.sleep(0)
         return True
 
     async def release_port(self, port: str, to: Tunnel | None) -> int:
@@ -189,15 +203,14 @@ class LinuxHandoverPath:
         if to is not None:
             device = tunnel_name(to.number)
             ring = self._taps.fd(port)
-            injector = Injector(device, vnet_header=vnet_header_bytes(ring))
-            try:
-                rescued = rescue(ring, injector)
-            finally:
-                injector.close()
+            header = vnet_header_bytes(ring)
+            rescued = rescue(ring, self._injectors.into(device, vnet_header=header))
         else:
             device = port
         target = interface_index(device) if to is not None else 0
-        await self._release(port, None, gate, Injector(device), target, path_frames=to is not None)
+        await self._release(
+            port, None, gate, self._injectors.into(device), target, path_frames=to is not None
+        )
         return rescued
 
     async def mute_broadcast(self, port: str) -> None:
@@ -231,20 +244,20 @@ class LinuxHandoverPath:
         with pathframe.Asker(remote) as asker:
             self._stop_forwarding(device, mac)
             gate.change(mac, mode=HOLD)
-            marker = Injector(device)
-            try:
-                address = bytes.fromhex(mac.replace(":", ""))
-                marker.send(asker.frame(pathframe.MARKER, address))
-            finally:
-                marker.close()
-            proved = await asker.answered(timeout_s)
+            marker = asker.frame(pathframe.MARKER, bytes.fromhex(mac.replace(":", "")))
+            proved = False
+            while not proved and time.monotonic() < began_s + timeout_s:
+                self._injectors.into(device).send(marker)
+                proved = await asker.answered(_MARKER_AGAIN_S)
         if port is None:
             await self._entry(device, mac, remote)
-            await self._release(device, mac, gate, Injector(device), 0, path_frames=True)
+            await self._release(
+                device, mac, gate, self._injectors.into(device), 0, path_frames=True
+            )
         else:
             target = interface_index(port)
             # Unmarked: at the port's own gate they take their turn among all that waits there.
-            queue = Injector(port, mark=0)
+            queue = self._injectors.into(port, mark=0)
             await self._release(device, mac, gate, queue, target, path_frames=False)
             await self._local(bridge_name(vni_of(device)), mac, port)
         if not proved:
@@ -324,7 +337,6 @@ class LinuxHandoverPath:
         """Send on what waits, let frames flow, and go on sending whatever still comes to wait."""
         waiting = self._waiting.get((device, mac))
         if waiting is None:
-            injector.close()
             raise KernelFailure(f"the gate at {device} was taken down meanwhile")
         waiting.injector = injector
         waiting.path_frames = path_frames
@@ -343,7 +355,6 @@ class LinuxHandoverPath:
         if waiting is None or waiting.injector is None:
             return
         asyncio.get_running_loop().remove_reader(waiting.queue.fd)
-        waiting.injector.close()
         waiting.injector = None
 
     async def _disarm(self, device: str, mac: str | None, gate: Gate | None) -> None:
@@ -355,7 +366,6 @@ class LinuxHandoverPath:
             if waiting.injector is not None:
                 # A frame may have entered just before the gate forgot: it still goes on.
                 waiting.queue.drain(waiting.injector.send, path_frames=waiting.path_frames)
-                waiting.injector.close()
             waiting.queue.close()
         await self._delete(hold_name(device, mac or ""))
 

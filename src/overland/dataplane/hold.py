@@ -7,12 +7,13 @@ checksums and segments before a frame enters.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
 from collections.abc import Callable, Iterable
 
-from overland.dataplane.devices import device_counts
+from overland.dataplane.devices import device_counts, interface_index
 from overland.dataplane.gate import MARK, PATH_FRAME
 from overland.dataplane.tap import open_tap, read_frames, set_queue_length
 from overland.ports import KernelFailure
@@ -24,38 +25,68 @@ _PATH_FRAME = PATH_FRAME.to_bytes(2, "big")
 _PATIENCE_S = 0.5
 
 
-class Injector:
-    """Sends frames out of one device, past its gate unless `mark` is 0."""
+class Injectors:
+    """The packet sockets of this host, one for each kind of sending.
 
-    def __init__(self, device: str, *, vnet_header: int = 0, mark: int = MARK) -> None:
+    They stay open: the kernel takes 10 ms and more to close a packet socket (af_packet.c,
+    packet_release waits for all CPUs), which is as long as a whole handover ought to take.
+    """
+
+    def __init__(self) -> None:
+        self._socks: dict[tuple[int, bool], socket.socket] = {}
+
+    def into(self, device: str, *, vnet_header: int = 0, mark: int = MARK) -> Injector:
+        """Frames sent by the result leave by `device`, past its gate unless `mark` is 0.
+
+        They begin with the `vnet_header` bytes that their tap gave them.
+        KernelFailure when there is no such device.
+        """
+        interface_index(device)
+        kind = mark, vnet_header > 0
+        if kind not in self._socks:
+            self._socks[kind] = _packet_socket(*kind)
+        return Injector(self._socks[kind], device, vnet_header)
+
+    def close(self) -> None:
+        for sock in self._socks.values():
+            sock.close()
+        self._socks.clear()
+
+
+def _packet_socket(mark: int, vnet_header: bool) -> socket.socket:
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_MARK, mark)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 24)
+        if vnet_header:
+            sock.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
+    except OSError as error:
+        sock.close()
+        raise KernelFailure(f"packet socket: {error.strerror}") from None
+    return sock
+
+
+class Injector:
+    """Sends frames out of one device."""
+
+    def __init__(self, sock: socket.socket, device: str, vnet_header: int) -> None:
+        self._sock = sock
+        self._to = device, 0
         self._vnet_header = vnet_header
-        self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
-        try:
-            self._sock.setsockopt(socket.SOL_SOCKET, _SO_MARK, mark)
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 24)
-            if vnet_header:
-                self._sock.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
-            self._sock.bind((device, 0))
-        except OSError as error:
-            self._sock.close()
-            raise KernelFailure(f"{device}: {error.strerror}") from None
 
     def send(self, frame: bytes) -> None:
-        """Send one frame; it begins with the `vnet_header` bytes that its tap gave it."""
+        """Send one frame. KernelFailure when the device is gone or takes none for half a second."""
         if self._vnet_header:
             frame = frame[:_VIRTIO_NET_HDR_BYTES] + frame[self._vnet_header :]
         deadline_s = time.monotonic() + _PATIENCE_S
         while True:
             try:
-                self._sock.send(frame)
+                self._sock.sendto(frame, self._to)
                 return
             except (BlockingIOError, OSError) as error:
-                full = isinstance(error, BlockingIOError) or error.errno == 105  # ENOBUFS
+                full = isinstance(error, BlockingIOError) or error.errno == errno.ENOBUFS
                 if not full or time.monotonic() > deadline_s:
                     raise KernelFailure(f"frame not sent: {error.strerror}") from None
-
-    def close(self) -> None:
-        self._sock.close()
 
 
 class HoldQueue:

@@ -18,9 +18,12 @@ def qemu_command(
     taps: Sequence[int],
     run_dir: Path,
     *,
+    firmware: Path | None,
     incoming: bool,
 ) -> list[str]:
-    """Return the arguments that start `vm`; `taps` are inherited descriptors, one a interface.
+    """Return the arguments that start `vm`; `taps` are inherited descriptors, one an interface.
+
+    `firmware` is a file to use in place of QEMU's own.
 
     The same VM gives the same machine on every host (fixed addresses, named machine version, no
     option ROMs), which is what a migration needs.
@@ -45,6 +48,8 @@ def qemu_command(
             f"rx_queue_size={RX_QUEUE_FRAMES},addr={0x10 + index:#x}"
         )
         command += ["-netdev", f"tap,id=net{index},fd={fd}", "-device", device]
+    if firmware is not None:
+        command += ["-bios", str(firmware)]
     command += _boot(vm)
     if incoming:
         command += ["-S", "-incoming", "defer"]

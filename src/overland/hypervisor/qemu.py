@@ -26,7 +26,9 @@ import msgspec
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 
 from overland.hypervisor.accel import NOTICE, accelerator
+from overland.hypervisor.channel import Channel
 from overland.hypervisor.command import qemu_command
+from overland.hypervisor.countdown import COUNTDOWN_BYTES, long_firmware
 from overland.model.cluster import Vm
 from overland.model.handover import Transfer
 from overland.ports import HypervisorFacts, HypervisorFailure, RunState
@@ -38,7 +40,6 @@ CANCEL_LIMIT_S = 0.5
 SAVE_LIMIT_S = 600.0
 _DONE = ("completed", "failed")
 UNLIMITED_BYTES_PER_S = 1 << 40
-PACED_BYTES_PER_S = 128 << 20
 UNLIMITED_DOWNTIME_MS = 2_000_000
 PRECOPY_DOWNTIME_MS = 1
 _EVENTS = ("STOP", "RESUME", "MIGRATION", "MIGRATION_PASS", "SHUTDOWN", "GUEST_PANICKED")
@@ -66,10 +67,12 @@ class TapSource(Protocol):
 class _Machine:
     """One QEMU process and the ear on its events."""
 
-    def __init__(self, name: str, pid: int, client: QMPClient) -> None:
+    def __init__(self, name: str, pid: int, client: QMPClient, monitor: socket.socket) -> None:
         self.name = name
         self.pid = pid
         self.client = client
+        self.monitor = monitor
+        self.channel: Channel | None = None
         self.stopped_ns = 0
         self.resumed_ns = 0
         self.changed = asyncio.Condition()
@@ -78,6 +81,12 @@ class _Machine:
         self.ended = False
         self.listener = EventListener(_EVENTS)
         self.task: asyncio.Task[None] | None = None
+
+    def let_go(self) -> None:
+        """Close our end of a memory stream, if there is one."""
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
 
 
 class QemuHypervisor:
@@ -88,6 +97,7 @@ class QemuHypervisor:
         self._taps = taps
         self._binary = binary
         self._facts: HypervisorFacts | None = None
+        self._firmware: Path | None = None
         self._machines: dict[str, _Machine] = {}
         self._events: asyncio.Queue[tuple[str, RunState]] = asyncio.Queue()
 
@@ -187,7 +197,15 @@ class QemuHypervisor:
         except OSError as error:
             raise HypervisorFailure(f"{folder}: {error.strerror}") from None
         fds = [self._taps.fd_for_child(port) for port in ports]
-        command = qemu_command(self._binary, vm, facts.accelerator, fds, folder, incoming=incoming)
+        command = qemu_command(
+            self._binary,
+            vm,
+            facts.accelerator,
+            fds,
+            folder,
+            firmware=await self._long_firmware(),
+            incoming=incoming,
+        )
         with log:
             process = await asyncio.create_subprocess_exec(
                 *command,
@@ -203,18 +221,28 @@ class QemuHypervisor:
         (folder / "pid").write_text(f"{process.pid}\n")
         return await self._connect(vm.name, process.pid)
 
+    async def _long_firmware(self) -> Path | None:
+        if self._firmware is None and await self._single_round():
+            folders = (await self._ask("-L", "help")).split()
+            self._firmware = long_firmware(folders, self._run_dir / "firmware.bin")
+        return self._firmware
+
     async def _connect(self, name: str, pid: int) -> _Machine:
         client = QMPClient(f"overland-{name}")
         deadline_s = time.monotonic() + CONNECT_LIMIT_S
         while True:
+            monitor = socket.socket(socket.AF_UNIX)
             try:
-                await client.connect(str(self._run_dir / name / "qmp.sock"))
+                monitor.connect(str(self._run_dir / name / "qmp.sock"))
+                monitor.setblocking(False)
+                await client.connect(monitor)
                 break
-            except ConnectError:
+            except (ConnectError, OSError):
+                monitor.close()
                 if not _alive(pid) or time.monotonic() > deadline_s:
                     raise HypervisorFailure(f"QEMU of {name}: {self._last_word(name)}") from None
                 await asyncio.sleep(0.01)
-        machine = _Machine(name, pid, client)
+        machine = _Machine(name, pid, client, monitor)
         client.register_listener(machine.listener)
         machine.task = asyncio.create_task(self._listen(machine))
         self._machines[name] = machine
@@ -241,6 +269,7 @@ class QemuHypervisor:
                 break
             await self._heard(machine, event)
         machine.ended = True
+        machine.let_go()
         async with machine.changed:
             machine.changed.notify_all()
         if self._machines.get(machine.name) is machine:
@@ -390,12 +419,18 @@ class QemuHypervisor:
         machine.migration = ""
         machine.passes = 0
         await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
+        single = await self._single_round()
         parameters = {
-            "max-bandwidth": bandwidth_bytes_per_s or await self._rate(),
-            "downtime-limit": 0 if await self._single_round() else PRECOPY_DOWNTIME_MS,
+            "max-bandwidth": UNLIMITED_BYTES_PER_S,  # the channel paces
+            "downtime-limit": 0 if single else PRECOPY_DOWNTIME_MS,
         }
         await self._do(machine, "migrate-set-parameters", **parameters)
-        await self._do(machine, "migrate", uri=uri)
+        machine.let_go()
+        machine.channel = await Channel.open(uri)
+        machine.channel.pace(bandwidth_bytes_per_s)
+        machine.channel.hand_to(machine.monitor)
+        await self._do(machine, "getfd", fdname="memory")
+        await self._do(machine, "migrate", uri="fd:memory")
 
     async def transfer(self, vm: str) -> Transfer:
         machine = self._machine(vm)
@@ -403,12 +438,8 @@ class QemuHypervisor:
         if machine.migration in ("", "setup"):
             # Until the new transfer is under way QEMU still tells of the one it came by.
             return Transfer(status="setup")
-        transfer = _transfer(said)
-        return msgspec.structs.replace(transfer, single_round=await self._single_round())
-
-    async def _rate(self) -> int:
-        """A single round is paced, so that its end is seen coming and the gate closes before."""
-        return PACED_BYTES_PER_S if await self._single_round() else UNLIMITED_BYTES_PER_S
+        countdown = COUNTDOWN_BYTES if await self._single_round() else 0
+        return msgspec.structs.replace(_transfer(said), countdown_bytes=countdown)
 
     async def _single_round(self) -> bool:
         """Under emulation memory is copied in one round, and QEMU stops the VM at its end.
@@ -426,15 +457,24 @@ class QemuHypervisor:
                     lambda: machine.passes > passes or machine.migration == "completed"
                 )
 
-    async def finish(self, vm: str) -> int:
+    async def pace(self, vm: str, bytes_per_s: int) -> None:
+        channel = self._machine(vm).channel
+        if channel is not None:
+            channel.pace(bytes_per_s)
+
+    async def finish(self, vm: str) -> None:
         machine = self._machine(vm)
-        # QEMU stops the VM itself as soon as it may, a single round when its rest is sent: the rest
-        # is no longer paced, because the VM hears nothing meanwhile. It may already have done so.
-        limit = {"downtime-limit": UNLIMITED_DOWNTIME_MS}
-        if await self._single_round():
-            limit = {"max-bandwidth": UNLIMITED_BYTES_PER_S}
-        with contextlib.suppress(HypervisorFailure):
-            await self._do(machine, "migrate-set-parameters", **limit)
+        # QEMU stops the VM itself as soon as it may: a single round when its rest is sent, which is
+        # no longer paced, because the VM hears nothing meanwhile. It may already have done so.
+        if machine.channel is not None:
+            machine.channel.pace(None)
+        if not await self._single_round():
+            with contextlib.suppress(HypervisorFailure):
+                limit = {"downtime-limit": UNLIMITED_DOWNTIME_MS}
+                await self._do(machine, "migrate-set-parameters", **limit)
+
+    async def stopped(self, vm: str) -> int:
+        machine = self._machine(vm)
         await self._wait(machine, "STOP", lambda: machine.stopped_ns, STOP_LIMIT_S)
         return machine.stopped_ns
 
@@ -460,6 +500,7 @@ class QemuHypervisor:
             if time.monotonic() > deadline_s:
                 raise HypervisorFailure(f"QEMU of {vm} does not give up its transfer")
             await asyncio.sleep(0.01)
+        machine.let_go()
 
     async def close(self) -> None:
         """Let go of every QMP connection; the VMs run on."""

@@ -1,4 +1,4 @@
-"""When to stop the VM: the one rule of pre-copy. Pure."""
+"""How fast to send memory, and when to stop the VM: the rules of pre-copy. Pure."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ IMPATIENT_AFTER_PASSES = 6
 GOAL_STOP_S = 0.02
 """Expected time to send what remains, for which a few more rounds are worth waiting."""
 
-LEAD_S = 0.1
-"""Of a single round: how long before its end the gate closes: QEMU's own window of rate limiting,
-within which it may send the whole rest at once."""
+SINGLE_ROUND_BYTES_PER_S = 192 << 20
+"""Of a single round: fast enough that little is written meanwhile, slow enough to be watched."""
 
-SWEEP_BYTES = 64 << 20
-"""What may go by between two looks besides: pages of zeros are not sent, so no rate limits them."""
+COUNTDOWN_BYTES_PER_S = 64 << 20
+"""In the countdown: so slow that a look which comes 30 ms late still comes before the end."""
 
-LAST_PART = 0.5
-"""The same as a part of memory, while the rate is not known yet; and at the most."""
+LAST_PART = 1 / 4
+"""The part of the countdown with which the VM may be stopped."""
+
+TRICKLE_BYTES_PER_S = 8 << 20
+"""While the VM empties its ring, before the end; not slower, because the kernel goes on at a new
+pace only when the last segment of the old one is due (64 KiB: 8 ms)."""
 
 
 def expected_stop_s(transfer: Transfer) -> float:
@@ -31,18 +34,28 @@ def expected_stop_s(transfer: Transfer) -> float:
 def converged(transfer: Transfer, options: Options) -> bool:
     """Tell whether the VM may be stopped now.
 
-    After the first whole round, as soon as the rest fits our goal; after some rounds, as soon as
-    it fits what the operator allows.
+    Of a single round: late in its countdown. Of several: after the first whole round, as soon as
+    the rest fits our goal; after some, as soon as it fits what the operator allows.
     """
     if transfer.status == "completed":
         return True
-    if transfer.single_round and transfer.status == "active":
-        rate = transfer.bandwidth_bytes_per_s
-        most = transfer.total_bytes * LAST_PART
-        lead_bytes = min(rate * LEAD_S + SWEEP_BYTES, most) if rate > 0 else most
-        return 0 < transfer.remaining_bytes <= lead_bytes
+    if transfer.countdown_bytes:
+        return _within(transfer, transfer.countdown_bytes * LAST_PART)
     if transfer.status != "active" or transfer.passes < 2:
         return False
     limit_s = options.max_downtime_ms / 1000
     goal_s = GOAL_STOP_S if transfer.passes < IMPATIENT_AFTER_PASSES else limit_s
     return expected_stop_s(transfer) <= min(goal_s, limit_s)
+
+
+def pace(transfer: Transfer, options: Options) -> int:
+    """Bytes/s at which to send from now on; 0 is no limit but the operator's (`--bandwidth`)."""
+    if not transfer.countdown_bytes:
+        return options.bandwidth_bytes_per_s or 0
+    near = _within(transfer, transfer.countdown_bytes)
+    ours = COUNTDOWN_BYTES_PER_S if near else SINGLE_ROUND_BYTES_PER_S
+    return min(ours, options.bandwidth_bytes_per_s or ours)
+
+
+def _within(transfer: Transfer, left_bytes: float) -> bool:
+    return transfer.status == "active" and 0 < transfer.remaining_bytes <= left_bytes

@@ -316,6 +316,12 @@ class WatchTransfer(Do, frozen=True, kw_only=True, tag=True):
     """Look at the transfer a moment later; answered by TransferSeen."""
 
 
+class Pace(Do, frozen=True, kw_only=True, tag=True):
+    """Send memory at most so fast from now on."""
+
+    bytes_per_s: int
+
+
 class HoldPorts(Do, frozen=True, kw_only=True, tag=True):
     pass
 
@@ -327,6 +333,10 @@ class AwaitDrained(Do, frozen=True, kw_only=True, tag=True):
 
 
 class FinishSend(Do, frozen=True, kw_only=True, tag=True):
+    """Let the VM be stopped and the rest of memory be sent; AwaitStop tells when it stands."""
+
+
+class AwaitStop(Do, frozen=True, kw_only=True, tag=True):
     pass
 
 

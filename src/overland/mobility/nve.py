@@ -31,8 +31,9 @@ class Part(Record, frozen=True, kw_only=True):
     """One NVE's part in one move. `nve` is its own name, `other` the NVE at the tunnel's far end.
 
     `failure`: the step that failed and why, said until the coordinator turns the move back.
-    Instants are CLOCK_REALTIME ns, 0 while they have not come. `flowing`: what waited goes on into
-    the tunnel, and all that comes. `turned`: the last Steer said back.
+    Instants are CLOCK_REALTIME ns, 0 while they have not come. `pace`: of the memory stream,
+    bytes/s, 0 for no limit. `drained`: the VM took all that its ring had. `flowing`: what waited
+    goes on into the tunnel, and all that comes. `turned`: the last Steer said back.
     The shell keeps it on disk, so that a restarted daemon goes on from here.
     """
 
@@ -44,8 +45,10 @@ class Part(Record, frozen=True, kw_only=True):
     options: Options = Options()
     stage: Stage = "arming"
     uri: str = ""
+    pace: int = 0
     held_ns: int = 0
     stop_ns: int = 0
+    drained: bool = False
     flowing: bool = False
     rescued: int = 0
     received_ns: int = 0

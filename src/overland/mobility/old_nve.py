@@ -6,18 +6,19 @@
 From the gate's hold on, a frame for the VM waits here. Hold comes before STOP, so that QEMU takes
 and delivers all it has read: what it keeps inside when it stops would be lost. Once the VM has
 emptied its ring, what waits goes into the tunnel, then the kernel redirects, and everybody steers:
-all of that while the VM still runs. What it does not empty in time is rescued after STOP, ahead of
-the rest.
+all of that while the VM still runs, the end of its memory's copy held up as long. What it does not
+empty in time is rescued after STOP, ahead of the rest.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from overland.mobility.convergence import converged
+from overland.mobility.convergence import TRICKLE_BYTES_PER_S, converged, pace
 from overland.mobility.messages import (
     ArmPorts,
     AwaitDrained,
+    AwaitStop,
     BeginSend,
     Broken,
     CancelSend,
@@ -36,6 +37,7 @@ from overland.mobility.messages import (
     MakeTunnel,
     MuteBroadcast,
     NveEvent,
+    Pace,
     Prepared,
     Progress,
     ProvePath,
@@ -67,8 +69,11 @@ from overland.mobility.nve import (
 )
 from overland.model.handover import Packets
 
-DRAIN_LIMIT_S = 0.05
+DRAIN_LIMIT_S = 1.0
 """How long the VM may take to empty its tap's ring before it is stopped and the rest rescued."""
+
+PROGRESS_PART = 1 / 16
+"""The part of memory after which progress is news; hundreds of reports a second cost the VM CPU."""
 
 
 def begin(part: Part) -> PartStep:
@@ -87,12 +92,14 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             part = msgspec.structs.replace(part, stage="armed")
             return part, _said(part)
         case "armed", Send(uri=uri):
-            part = msgspec.structs.replace(part, uri=uri)
+            part = msgspec.structs.replace(
+                part, uri=uri, pace=part.options.bandwidth_bytes_per_s or 0
+            )
             return to(part, "sending", BeginSend(uri=uri), WatchTransfer())
         case "sending", TransferSeen():
             return _seen(part, event)
         case "sending", Force():
-            return _stop(part, drained=False)
+            return _stop(part, late=False)
         case "stopping" | "stopped", Done():
             return _stopping(part, event)
         case "stopped", Digest():
@@ -133,26 +140,31 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
 
 
 def _seen(part: Part, event: TransferSeen) -> PartStep:
-    transfer = event.transfer
+    transfer, told = event.transfer, part.memory
     part = msgspec.structs.replace(part, memory=memory_of(transfer))
     if transfer.status in ("failed", "cancelled"):
         why = transfer.error or f"the transfer was {transfer.status}"
         return failed(part, "send", why)
     if converged(transfer, part.options):
-        return _stop(part, drained=transfer.status == "completed")
+        return _stop(part, late=transfer.status == "completed")
+    watch: tuple[Do, ...] = (WatchTransfer(),)
+    if (rate := pace(transfer, part.options)) != part.pace:
+        part = msgspec.structs.replace(part, pace=rate)
+        watch = (Pace(bytes_per_s=rate), *watch)
+    step_bytes = transfer.total_bytes * PROGRESS_PART
+    if transfer.passes == told.rounds and transfer.sent_bytes - told.sent_bytes < step_bytes:
+        return msgspec.structs.replace(part, memory=told), watch
     progress = Progress(move=part.move, nve=part.nve, memory=part.memory)
-    return part, (Say(report=progress), WatchTransfer())
+    return part, (Say(report=progress), *watch)
 
 
-def _stop(part: Part, *, drained: bool) -> PartStep:
-    """With `drained` the VM has stopped already: nobody empties its ring any more."""
-    if drained:
-        return to(part, "stopping", HoldPorts(), *_STOP_FIRST)
-    return to(part, "stopping", HoldPorts(), AwaitDrained(timeout_s=DRAIN_LIMIT_S))
-
-
-_STOP_FIRST: tuple[Do, ...] = (FinishSend(), ReleaseInto(tunnel=True))
-_STOP_LAST: tuple[Do, ...] = (ReleaseInto(tunnel=True), FinishSend())
+def _stop(part: Part, *, late: bool) -> PartStep:
+    """With `late` the VM has stopped already: nobody empties its ring any more."""
+    if late:
+        return to(part, "stopping", HoldPorts(), AwaitStop())
+    drain = AwaitDrained(timeout_s=DRAIN_LIMIT_S)
+    trickle = (Pace(bytes_per_s=TRICKLE_BYTES_PER_S),) if part.pace else ()
+    return to(part, "stopping", *trickle, HoldPorts(), drain)
 
 
 def _stopping(part: Part, event: Done) -> PartStep:
@@ -160,10 +172,14 @@ def _stopping(part: Part, event: Done) -> PartStep:
         case "HoldPorts":
             return msgspec.structs.replace(part, held_ns=event.number), ()
         case "AwaitDrained":
-            return part, _STOP_LAST if event.number else _STOP_FIRST
-        case "FinishSend":
+            # A ring that is not empty may be read by us once the VM stands still, not before.
+            part = msgspec.structs.replace(part, drained=bool(event.number))
+            release = (ReleaseInto(tunnel=True),) if part.drained else ()
+            return part, (FinishSend(), *release, AwaitStop())
+        case "AwaitStop":
             part = msgspec.structs.replace(part, stop_ns=event.number)
-            return _progressed(part)
+            part, said = _progressed(part)
+            return part, said if part.drained else (*said, ReleaseInto(tunnel=True))
         case "ReleaseInto":
             rescued = part.rescued + event.number
             return _progressed(msgspec.structs.replace(part, flowing=True, rescued=rescued))

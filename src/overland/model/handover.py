@@ -160,7 +160,8 @@ class Memory(Record, frozen=True, kw_only=True):
 class Transfer(Record, frozen=True, kw_only=True):
     """Progress of a running memory transfer. `passes` counts the rounds over memory.
 
-    `single_round`: the hypervisor stops the VM by itself at the end of the first round.
+    `countdown_bytes`: not 0 where the hypervisor stops the VM by itself at the end of the first
+    round; then the last so many bytes of memory take as long as the pace says.
     """
 
     status: Literal["setup", "active", "completed", "failed", "cancelled"]
@@ -171,7 +172,7 @@ class Transfer(Record, frozen=True, kw_only=True):
     passes: int = 0
     bandwidth_bytes_per_s: float = 0.0
     dirty_bytes_per_s: float = 0.0
-    single_round: bool = False
+    countdown_bytes: int = 0
     error: str = ""
 
 

@@ -70,12 +70,17 @@ def receipt(record: Handover) -> dict[str, Any]:
 
 
 def _gap(record: Handover) -> float | None:
-    """What the network added to the stop: RESUME to the first frame by the final path.
+    """What the network added to the stop: hold to STOP, and RESUME to the first frame direct.
 
-    A frame that came by the final path before RESUME waited in the tap's ring and was delivered at
-    once: the network added nothing. None when no tenant sent anything by the final path.
+    The VM heard nothing since the old gate closed, so that counts as well (ADR 0008). A frame that
+    came by the final path before RESUME waited in the tap's ring and was delivered at once. None
+    when no tenant sent anything by the final path.
     """
-    return _ms(record.packets.first_direct_ns, record.resume_ns)
+    before_ms = _ms(record.stop_ns, record.held_ns)
+    after_ms = _ms(record.packets.first_direct_ns, record.resume_ns)
+    if before_ms is None or after_ms is None:
+        return None
+    return round(before_ms + after_ms, 3)
 
 
 def _peers(record: Handover) -> dict[str, Any]:

@@ -111,5 +111,5 @@ class Agent:
         """Tell the VN by broadcast, and the ports of this host."""
         try:
             self._courtesy(port)
-        except OSError as error:
+        except KernelFailure as error:
             log.warning("announcement of %s not sent: %s", port.mac, error)

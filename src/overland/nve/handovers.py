@@ -26,10 +26,10 @@ from overland.nve.journal import Kept, PartJournal
 from overland.nve.moving import Moving
 from overland.ports import HandoverPath, Hypervisor, PortFailure, Tunnel
 
-WATCH_S = 0.005
+WATCH_S = 0.01
 """How often a running transfer is looked at."""
 
-STEER_LIMIT_S = 1.0
+STEER_LIMIT_S = 3.0
 PROBE_LIMIT_S = 3.0
 PLUG_LIMIT_S = 3.0
 COPY_LIMIT_S = 3600.0
@@ -39,7 +39,7 @@ ENDED_KEPT = 1000
 
 log = logging.getLogger(__name__)
 
-_BESIDE = (m.WatchTransfer, m.AwaitCopy)
+_BESIDE = (m.WatchTransfer, m.AwaitStop, m.AwaitCopy)
 _MACHINES = {"old": old_nve, "new": new_nve, "peer": peer_nve}
 
 
@@ -361,6 +361,10 @@ class _Performer:
         await self._hypervisor.progressed(self._vm, passes, WATCH_S)
         return m.TransferSeen(transfer=await self._hypervisor.transfer(self._vm))
 
+    async def _Pace(self, effect: m.Do) -> None:
+        assert isinstance(effect, m.Pace)
+        await self._hypervisor.pace(self._vm, effect.bytes_per_s)
+
     async def _HoldPorts(self, _: m.Do) -> m.Done:
         at_ns = 0
         for port in self._part.ports:
@@ -369,13 +373,22 @@ class _Performer:
 
     async def _AwaitDrained(self, effect: m.Do) -> m.Done:
         assert isinstance(effect, m.AwaitDrained)
-        drained = True
-        for port in self._part.ports:
-            drained &= await self._path.port_drained(port.port, effect.timeout_s)
-        return m.Done(effect="AwaitDrained", number=int(drained))
+        drained = asyncio.create_task(self._drained(effect.timeout_s))
+        stopped = asyncio.create_task(self._hypervisor.stopped(self._vm))
+        await asyncio.wait((drained, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if drained.cancel():
+            return m.Done(effect="AwaitDrained", number=0)  # nobody empties the ring any more
+        return m.Done(effect="AwaitDrained", number=int(await drained))
 
-    async def _FinishSend(self, _: m.Do) -> m.Done:
-        return m.Done(effect="FinishSend", number=await self._hypervisor.finish(self._vm))
+    async def _drained(self, timeout_s: float) -> bool:
+        return all([await self._path.port_drained(p.port, timeout_s) for p in self._part.ports])
+
+    async def _FinishSend(self, _: m.Do) -> None:
+        await self._hypervisor.finish(self._vm)
+
+    async def _AwaitStop(self, _: m.Do) -> m.Done:
+        return m.Done(effect="AwaitStop", number=await self._hypervisor.stopped(self._vm))
 
     async def _ReleaseInto(self, effect: m.Do) -> m.Done:
         assert isinstance(effect, m.ReleaseInto)

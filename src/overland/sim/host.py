@@ -60,6 +60,7 @@ class SimHost:
         self.table = self.known = "h1"
         self.held: deque[Frame] | None = None
         self.sent = 0
+        self.finishing = False
         self.unsent: list[m.AnyReport] = []
         self.closed: set[str] = set()
 
@@ -106,7 +107,7 @@ class SimHost:
         for effect in effects:
             if isinstance(effect, m.Say):
                 self.world.report(self, effect.report)
-            elif isinstance(effect, m.WatchTransfer | m.AwaitCopy):
+            elif isinstance(effect, m.WatchTransfer | m.AwaitStop | m.AwaitCopy):
                 stage = self.part.stage
                 self._later(0.005, lambda e=effect, s=stage: self._beside(e, s))  # type: ignore[misc]
             else:
@@ -248,13 +249,14 @@ class SimHost:
         self._ok(effect)
 
     def _beside(self, effect: m.Do, stage: str) -> None:
-        if isinstance(effect, m.AwaitCopy):
-            if self.copy == "whole":
-                self.event(m.Done(effect="AwaitCopy", number=1))
+        if not isinstance(effect, m.WatchTransfer):
+            name = type(effect).__name__
+            if self.copy == ("whole" if isinstance(effect, m.AwaitCopy) else "sent"):
+                self.event(m.Done(effect=name, number=1))
             elif self.copy != "none":
                 self._later(0.01, lambda: self._beside(effect, stage))
             elif self.part is not None and self.part.stage == stage:
-                self.event(m.Broken(effect="AwaitCopy", why="QEMU ended"))
+                self.event(m.Broken(effect=name, why="QEMU ended"))
             return
         self.sent += 1
         new = self.world.hosts[self.world.new]
@@ -266,6 +268,9 @@ class SimHost:
                 transfer=Transfer(status=status, passes=passes, bandwidth_bytes_per_s=1e9)
             )
         )
+
+    def _Pace(self, effect: m.Do) -> None:
+        self._ok(effect)
 
     def _HoldPorts(self, effect: m.Do) -> None:
         assert self.gate is not None
@@ -279,9 +284,15 @@ class SimHost:
         if self.copy not in ("running", "sent"):
             self._broken(effect, "QEMU ended")
             return
-        self.copy = "sent"
-        self.world.later(self.world.short(), lambda: self.world.arrive(self))
+        self.finishing = True
+        self.world.later(self.world.short(), self._stop)
         self._ok(effect)
+
+    def _stop(self) -> None:
+        """QEMU stops the VM, whether its daemon lives or not."""
+        if self.finishing and self.copy == "running":
+            self.copy = "sent"
+            self.world.later(self.world.short(), lambda: self.world.arrive(self))
 
     def _ReleaseInto(self, effect: m.Do) -> None:
         assert isinstance(effect, m.ReleaseInto)
@@ -351,6 +362,7 @@ class SimHost:
         self._ok(effect, text="same")
 
     def _CancelSend(self, effect: m.Do) -> None:
+        self.finishing = False
         self._ok(effect)
 
     def _CleanUp(self, effect: m.Do) -> None:

@@ -1,0 +1,27 @@
+"""What a receipt says of a move."""
+
+from __future__ import annotations
+
+import msgspec
+
+from overland.model.receipt import receipt
+from tests.core.moves import in_phase
+
+MS = 10**6
+
+
+def test_the_gap_counts_the_hold() -> None:
+    """Hold to STOP and RESUME to the first direct frame; the stop itself is apart (ADR 0009)."""
+    record = msgspec.structs.replace(
+        in_phase("closed"), held_ns=100 * MS, stop_ns=104 * MS, resume_ns=140 * MS
+    )
+
+    def gap(first_direct_ms: int) -> float | None:
+        packets = msgspec.structs.replace(record.packets, first_direct_ns=first_direct_ms * MS)
+        told = receipt(msgspec.structs.replace(record, packets=packets))
+        assert told["vm_stop_ms"] == 36.0
+        return told["network_gap_ms"]  # type: ignore[no-any-return]
+
+    assert gap(143) == 7.0
+    assert gap(130) == 4.0, "it waited in the ring"
+    assert gap(0) is None, "nobody sent"
