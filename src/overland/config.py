@@ -66,6 +66,10 @@ class NveConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     qemu: str = "qemu-system-x86_64"
     """The QEMU program, as a name on the PATH or a path. Version 7.2 or later."""
 
+    def __post_init__(self) -> None:
+        if not (self.underlay_ipv4 or self.underlay_ipv6):
+            raise ValueError("no underlay address: give `underlay_ipv4`, `underlay_ipv6` or both")
+
 
 def load(path: Path, kind: type[NvaConfig] | type[NveConfig]) -> NvaConfig | NveConfig:
     """Return the settings in `path`; ConfigFailure when they are not of this `kind`."""

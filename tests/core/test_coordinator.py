@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -24,8 +22,8 @@ from overland.model.handover import (
     committed,
 )
 from tests.core.moves import NEW, OLD, PEER, every_event, in_phase, planned
+from tests.core.tables import SPEC, Table, check_table
 
-SPEC = Path(__file__).parents[2] / "spec" / "handover.md"
 STABLE: tuple[Phase, ...] = (
     "planned",
     "precopy",
@@ -59,41 +57,14 @@ def cell(phase: Phase, event: m.CoordinatorEvent) -> str:
     return ", ".join(did) or "·"
 
 
-def spec_table() -> dict[tuple[str, str], str]:
-    """The cells of the coordinator's table in the specification."""
-    text = SPEC.read_text()
-    block = text.split("<!-- coordinator table -->")[1]
-    rows = [[c.strip() for c in line.strip("|").split("|")] for line in block.strip().splitlines()]
-    header, body = rows[0][1:], rows[2:]
-    return {
-        (phase, row[0]): did for row in body for phase, did in zip(header, row[1:], strict=True)
-    }
-
-
-def write_table() -> None:
-    """Put what the code does into the specification (OVERLAND_ACCEPT=1); read the difference."""
-    head = f"| event | {' | '.join(STABLE)} |\n|{'---|' * (len(STABLE) + 1)}\n"
-    kinds = [(type(event).__name__, event) for event in every_event()]
-    rows = (
-        f"| {name} | {' | '.join(cell(phase, event) for phase in STABLE)} |\n"
-        for name, event in kinds
-    )
-    mark = "<!-- coordinator table -->"
-    before, _, after = SPEC.read_text().split(mark)
-    SPEC.write_text(f"{before}{mark}\n{head}{''.join(rows)}\n{mark}{after}")
-
-
 @pytest.mark.req("R-45")
 def test_every_cell_of_the_specified_table_is_what_the_code_does() -> None:
-    if os.environ.get("OVERLAND_ACCEPT"):
-        write_table()
-    table = spec_table()
-    found = {
+    found: Table = {
         (phase, type(event).__name__): cell(phase, event)
         for phase in STABLE
         for event in every_event()
     }
-    assert found == table
+    check_table("coordinator", found)
 
 
 @pytest.mark.req("R-35")

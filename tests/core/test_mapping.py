@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from overland.model.cluster import Endpoint, Host, Interface, Network, Vm, VmState
+from overland.model.nve import VnChange, changed
 from overland.nva.cluster import Cluster
-from overland.nva.mapping import vn_intent, vn_intents
+from overland.nva.mapping import VnView
 from overland.nva.rules import action_refused, network_blockers
 
 BLUE = Network(name="blue", vni=42, ipv4="10.0.0.0/24", ipv6="fd00::/64")
@@ -31,18 +35,66 @@ def cluster(state: VmState = "running") -> Cluster:
 
 @pytest.mark.req("R-44")
 def test_an_nve_without_a_subscription_is_told_nothing() -> None:
-    now = cluster()
-    assert set(vn_intents(now, "h1")) == {"blue"}
-    assert set(vn_intents(now, "h2")) == {"blue"}
-    assert set(vn_intents(now, "h3")) == {"red"}
+    blue, red = VnView(cluster(), BLUE), VnView(cluster(), RED)
+    assert [blue.includes(host) for host in ("h1", "h2", "h3")] == [True, True, False]
+    assert [red.includes(host) for host in ("h1", "h2", "h3")] == [False, False, True]
 
 
 @pytest.mark.req("R-52")
-@pytest.mark.parametrize(("network", "outer"), [(BLUE, "192.0.2.1"), (RED, "2001:db8::1")])
+@pytest.mark.parametrize(("network", "outer"), [(BLUE, "192.0.2.1"), (RED, "2001:db8::3")])
 def test_inner_and_outer_family_are_independent(network: Network, outer: str) -> None:
-    intent = vn_intent(cluster(), network, "h1")
-    assert intent is not None
-    assert intent.local == outer
+    host = "h1" if network is BLUE else "h3"
+    assert VnView(cluster(), network).intent(host).local == outer
+
+
+@pytest.mark.req("N-11")
+def test_what_a_dead_nve_had_mapped_vanishes_and_comes_back() -> None:
+    now = cluster()
+    alive = VnView(now, BLUE)
+    now.hosts["h1"] = msgspec.structs.replace(now.hosts["h1"], ready=False, dead=True)
+    dead = VnView(now, BLUE)
+    assert [each.mac for each in alive.intent("h2").remotes] == ["02:00:00:00:00:01"]
+    assert not dead.intent("h2").remotes
+    assert not dead.intent("h2").members
+    assert dead.change("h2", alive) == VnChange(members=(), gone=("02:00:00:00:00:01",))
+    back = alive.change("h2", dead)
+    assert back is not None
+    assert changed(dead.intent("h2"), back) == alive.intent("h2")
+
+
+places = st.dictionaries(
+    st.integers(1, 9), st.tuples(st.sampled_from(["h1", "h2", "h3"]), st.integers(1, 3)), max_size=6
+)
+
+
+@pytest.mark.req("N-20")
+@given(places, places, st.sets(st.sampled_from(["h2", "h3"])), st.sampled_from(["h1", "h2", "h3"]))
+def test_what_has_changed_and_the_whole_come_to_the_same(
+    before: dict[int, tuple[str, int]],
+    after: dict[int, tuple[str, int]],
+    dead: set[str],
+    host: str,
+) -> None:
+    """An NVE that hears every update has what one has that is told the whole."""
+    first, second = VnView(_domain(before, set()), BLUE), VnView(_domain(after, dead), BLUE)
+    change = second.change(host, first) if second.includes(host) else None
+    if change is not None:
+        assert changed(first.intent(host), change) == second.intent(host)
+    if first.includes(host):
+        assert first.change(host, first) == VnChange()
+
+
+def _domain(vms: dict[int, tuple[str, int]], dead: set[str]) -> Cluster:
+    found = cluster()
+    found.vms.clear()
+    for n, (host, version) in vms.items():
+        face = Interface(network="blue", mac=f"02:00:00:00:02:0{n}")
+        found.vms[f"v{n}"] = Vm(
+            name=f"v{n}", host=host, state="running", interfaces=(face,), version=version
+        )
+    for name in dead:
+        found.hosts[name] = msgspec.structs.replace(found.hosts[name], dead=True)
+    return found
 
 
 @pytest.mark.req("R-48")
@@ -62,10 +114,8 @@ def test_the_state_of_a_vm_is_the_state_of_its_interfaces(
     state: VmState, tsi: str, mapped: bool
 ) -> None:
     """Requirements 3.3: who is at rest hears nothing and is not to be heard."""
-    now = cluster(state)
-    here, there = vn_intent(now, BLUE, "h1"), vn_intent(now, BLUE, "h2")
-    assert here is not None
-    assert there is not None
+    view = VnView(cluster(state), BLUE)
+    here, there = view.intent("h1"), view.intent("h2")
     assert [each.state for each in here.tsis] == [tsi]
     assert bool(there.remotes) is mapped
 

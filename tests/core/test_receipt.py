@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+from overland.model.handover import Acknowledgement, Handover
 from overland.model.receipt import receipt
-from tests.core.moves import in_phase
+from tests.core.moves import NEW, PEER, in_phase
 
 MS = 10**6
 
@@ -25,3 +26,23 @@ def test_the_gap_counts_the_hold() -> None:
     assert gap(143) == 7.0
     assert gap(130) == 4.0, "it waited in the ring"
     assert gap(0) is None, "nobody sent"
+
+
+def test_peers_are_those_that_held_the_old_mapping() -> None:
+    """The new NVE steers first of all, but it is not among the peers that are counted."""
+    record = msgspec.structs.replace(
+        in_phase("drained"),
+        resume_ns=50 * MS,
+        steered=tuple(
+            Acknowledgement(nve=nve, at_ns=at_ms * MS)
+            for nve, at_ms in ((NEW, 20), (PEER, 30), ("h4", 60))
+        ),
+        peers=(PEER, "h4"),
+    )
+
+    def steered(of: Handover) -> tuple[int, int]:
+        peers = receipt(of)["peers"]
+        return peers["subscribed"], peers["steered_before_resume"]
+
+    assert steered(record) == (3, 1), "h4 steered after RESUME"
+    assert steered(msgspec.structs.replace(record, resume_ns=0)) == (3, 0)

@@ -70,3 +70,11 @@ def test_an_abort_in_precopy_leaves_the_vm_where_it_was(lab: Lab) -> None:
     assert (receipt["outcome"], receipt["old_nve"]) == ("aborted", old)
     assert verdict["total"]["lost"] == 0
     assert lab.violations(receipt) == []
+
+
+@pytest.mark.parametrize("daemon", ["nva", "nve"])
+def test_a_restart_returns_when_the_daemon_is_back(lab: Lab, daemon: str) -> None:
+    """An order to a VM is refused while the NVE of its host is not connected."""
+    ok("lab", "restart", lab.where() if daemon == "nve" else daemon, "--name", lab.name)
+    ok("vm", "pause", lab.vm)
+    ok("vm", "resume", lab.vm)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from overland.cli.client import Client, write_context
-from overland.cli.options import Api, Output
+from overland.cli.options import Api, LabName, Output
 from overland.cli.output import Exit, Failure, Format, done, show
 from overland.lab import console, guest
 from overland.lab import lab as labs
@@ -23,7 +23,6 @@ from overland.probe.build import BuildError, helper_path
 lab = typer.Typer(no_args_is_help=True, help="A data centre on one machine.")
 endpoint = typer.Typer(no_args_is_help=True, help="Namespaces attached like VMs.")
 lab.add_typer(endpoint, name="endpoint")
-Name = Annotated[str, typer.Option("--name", help="the lab's name")]
 Timeout = Annotated[float, typer.Option(help="seconds to wait for the guest")]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "overland"
 ANYTHING = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -50,7 +49,7 @@ def lab_state(name: str) -> dict[str, Any]:
 @lab.command("up")
 def up(
     hosts: Annotated[int, typer.Option(help="1 to 200")] = 3,
-    name: Name = "lab",
+    name: LabName = "lab",
     nvas: Annotated[int, typer.Option(help="1; more are not built")] = 1,
     output: Output = Format.table,
 ) -> None:
@@ -66,7 +65,7 @@ def up(
 
 
 @lab.command("down")
-def down(name: Name = "lab", output: Output = Format.table) -> None:
+def down(name: LabName = "lab", output: Output = Format.table) -> None:
     """Take a lab down, whatever is left of it."""
     try:
         found = labs.down(_topology(name, 1).name, LABS / name)
@@ -78,13 +77,17 @@ def down(name: Name = "lab", output: Output = Format.table) -> None:
 @lab.command("restart")
 def restart(
     daemon: Annotated[str, typer.Argument(help="nva, or a host's name for its NVE")],
-    name: Name = "lab",
+    name: LabName = "lab",
     output: Output = Format.table,
 ) -> None:
-    """Kill one daemon (SIGKILL) and start it anew; VMs and traffic go on."""
-    hosts = len(_status(name)["hosts"]) if daemon != "nva" else 1
+    """Kill one daemon (SIGKILL) and start it anew; VMs and traffic go on.
+
+    Returns when it is back: an NVE is connected to the NVA, an NVA hears every NVE that runs.
+    """
+    api = lab_state(name)["api"]
+    shape = _topology(name, labs.size(LABS / name))
     try:
-        labs.restart(_topology(name, hosts), daemon)
+        labs.wait_back(shape, daemon, api, labs.restart(shape, daemon))
     except (labs.LabFailure, OSError) as error:
         raise _failure(error) from None
     done({"restarted": daemon}, output)
@@ -116,13 +119,13 @@ def _status(name: str) -> dict[str, Any]:
 
 
 @lab.command("status")
-def status(name: Name = "lab", output: Output = Format.table) -> None:
+def status(name: LabName = "lab", output: Output = Format.table) -> None:
     """Hosts and endpoints of a lab that is up."""
     show(_status(name), output)
 
 
 @lab.command("exec", context_settings=ANYTHING)
-def execute(context: typer.Context, host: str, name: Name = "lab") -> None:
+def execute(context: typer.Context, host: str, name: LabName = "lab") -> None:
     """Run a command in a host's (or an endpoint's) network namespace."""
     found = [f"ovl-{name}-{host}", endpoint_namespace(name, host)]
     namespace = next((each for each in found if (labs.NETNS / each).exists()), None)
@@ -133,7 +136,9 @@ def execute(context: typer.Context, host: str, name: Name = "lab") -> None:
 
 
 @lab.command("guest", context_settings=ANYTHING)
-def in_guest(context: typer.Context, vm: str, name: Name = "lab", timeout: Timeout = 30.0) -> None:
+def in_guest(
+    context: typer.Context, vm: str, name: LabName = "lab", timeout: Timeout = 30.0
+) -> None:
     """Run a command in a VM that runs the lab's guest image; prints its output."""
     client = Client(lab_state(name)["api"])
     host = client.call("GET", f"/v1/vms/{vm}")["host"]
@@ -154,7 +159,7 @@ def endpoint_add(
     network: Annotated[str, typer.Option(help="which network")],
     ipv4: Annotated[str | None, typer.Option(help="chosen when left out")] = None,
     ipv6: Annotated[str | None, typer.Option(help="chosen when left out")] = None,
-    lab_name: Annotated[str, typer.Option("--lab", help="the lab's name")] = "lab",
+    lab_name: LabName = "lab",
     api: Api = None,
     output: Output = Format.table,
 ) -> None:

@@ -9,6 +9,7 @@ import typer
 from overland.cli.output import Exit, Failure, Format
 
 Api = Annotated[str | None, typer.Option("--api", help="URL of the NVA's API")]
+LabName = Annotated[str, typer.Option("--name", "--lab", help="the lab's name")]
 Output = Annotated[Format, typer.Option("--output", "-o", help="table, json or yaml")]
 
 

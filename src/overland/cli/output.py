@@ -12,6 +12,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+UNCUT = 10**6
+"""Columns of what is not a terminal; a table is no wider than what is in it."""
+
 
 class Format(StrEnum):
     table = "table"
@@ -63,15 +66,25 @@ def show(value: Any, form: Format, columns: Sequence[str] = ()) -> None:
     elif form is Format.yaml:
         print(yaml.safe_dump(value, sort_keys=False), end="")
     elif isinstance(value, list):
-        table = Table(*columns, box=None, header_style="bold")
+        table = Table(box=None, header_style="bold")
+        for column in columns:
+            table.add_column(column, overflow="fold")
         for each in value:
             table.add_row(*(_cell(each.get(column)) for column in columns))
-        Console().print(table)
+        _print(table)
     else:
         table = Table(box=None, show_header=False)
+        table.add_column(overflow="fold")
+        table.add_column(overflow="fold")
         for key, content in value.items():
             table.add_row(key, _cell(content))
-        Console().print(table)
+        _print(table)
+
+
+def _print(table: Table) -> None:
+    """As wide as the terminal, whose lines fold; uncut when a file or a program reads it."""
+    console = Console() if sys.stdout.isatty() else Console(width=UNCUT, height=1)
+    console.print(table)
 
 
 def done(value: dict[str, Any], form: Format) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from overland.cli.client import Client
 from overland.cli.lab import lab_state
-from overland.cli.options import Output
+from overland.cli.options import LabName, Output
 from overland.cli.output import Failure, Format, done, show
 from overland.lab import console
 from overland.lab.topology import LABS
@@ -21,7 +21,6 @@ from overland.probe.report import ReportError
 from overland.probe.verdict import Verdict
 
 probe = typer.Typer(no_args_is_help=True, help="Count what the network loses, doubles, reorders.")
-Lab = Annotated[str, typer.Option("--lab", help="the lab's name")]
 COLUMNS = ("id", "sent", "received", "lost", "duplicated", "out_of_order", "longest_gap_ms")
 
 
@@ -109,7 +108,7 @@ def start(
     rate_from_vm: Annotated[int | None, typer.Option(help="if not the same as --rate")] = None,
     size: Annotated[int, typer.Option(help="payload bytes")] = 200,
     tcp: Annotated[bool, typer.Option(help="a TCP stream beside each UDP one")] = True,
-    lab: Lab = "lab",
+    lab: LabName = "lab",
     output: Output = Format.table,
 ) -> None:
     """Start numbered streams both ways; they run until `probe stop`."""
@@ -119,7 +118,7 @@ def start(
 
 
 @probe.command("stop")
-def stop(lab: Lab = "lab", output: Output = Format.table) -> None:
+def stop(lab: LabName = "lab", output: Output = Format.table) -> None:
     """Stop the streams and print the verdict."""
     _print(_tried(lambda: end(lab)), output)
 
@@ -133,7 +132,7 @@ def run(
     size: Annotated[int, typer.Option(help="payload bytes")] = 200,
     tcp: Annotated[bool, typer.Option(help="a TCP stream beside each UDP one")] = True,
     duration: Annotated[float, typer.Option(help="seconds")] = 10.0,
-    lab: Lab = "lab",
+    lab: LabName = "lab",
     output: Output = Format.table,
 ) -> None:
     """Start, wait, stop, print the verdict."""

@@ -27,7 +27,8 @@ from overland.model.receipt import receipt
 from overland.nva import rules
 from overland.nva.authority import Authority, Blocked
 from overland.nva.handovers import Handovers, last_orders
-from overland.nva.mapping import vn_intent
+from overland.nva.mapping import VnView
+from overland.nva.pushes import Pushes, Update, Whole
 from overland.ports import PortFailure
 from overland.store.sqlite import SqliteStore
 from overland.wire import messages as w
@@ -45,6 +46,7 @@ _STATE_AFTER = {
 VM_ORDER_LIMIT_S = 60.0
 REPAIR_LIMIT_S = 3.0
 NEGATIVE_100MS = 20
+MEMBERS_DELAY_S = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -57,16 +59,16 @@ class Domain:
         self.authority = Authority(SqliteStore(Path(config.store)), self._networks_changed)
         self._wire = WireServer(self)
         self.handovers = Handovers(self.authority, self._tell, self._move_changed)
-        self._revision = time.time_ns()
-        self._pushed: dict[tuple[str, str], bytes] = {}
-        self._acked: dict[tuple[str, str], int] = {}
+        self._pushes = Pushes(time.time_ns())
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[str | None]] = {}
         self._leases: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._move_events: dict[str, asyncio.Condition] = {}
         self._latest: dict[str, Handover] = {}
+        self._members_due: asyncio.TimerHandle | None = None
         self._complete = False
+        self._api: uvicorn.Server | None = None
 
     async def run(self) -> None:
         run_first()
@@ -83,10 +85,18 @@ class Domain:
             raise PortFailure(f"cannot listen on {at}: {error.strerror}") from None
         asyncio.get_running_loop().call_later(config.lease_s, self._is_complete)
         await self.handovers.recover()
-        server = uvicorn.Server(
+        self._api = uvicorn.Server(
             uvicorn.Config(create_app(self), log_level="warning", lifespan="off")
         )
-        await server.serve(sockets=[api])
+        await self._api.serve(sockets=[api])
+        self._wire.close()
+        for timer in self._leases.values():
+            timer.cancel()
+
+    def stop(self) -> None:
+        """Let `run` return; the NVEs go on with what they have."""
+        if self._api is not None:
+            self._api.should_exit = True
 
     def _later(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
@@ -100,16 +110,13 @@ class Domain:
         if timer is not None:
             timer.cancel()
         self._wire.send(host, w.Welcome(protocol=w.PROTOCOL, lease_s=self._config.lease_s))
-        for key in [key for key in self._pushed if key[0] == host]:
-            del self._pushed[key]
-        for network in hello.known:
-            if network not in self.authority.cluster.networks:
-                self._push(host, network)
-        self.authority.host_seen(hello.host)
+        self._pushes.has(host, hello.known)
+        if self.authority.host_seen(hello.host):
+            self._members_changed()
         if not self._complete and self._expected() <= self.authority.cluster.hosts.keys():
             self._is_complete()
-        for network in self.authority.cluster.networks:
-            self._push(host, network)
+        for network in {*self.authority.cluster.networks, *hello.known}:
+            self._push(host, network, self._view(network), again=True)
         self.handovers.back(host)
         for move in hello.moves:
             self._settle(host, move)
@@ -178,6 +185,9 @@ class Domain:
                 vm = self.authority.cluster.vms.get(name)
                 if vm is not None and vm.host == host:
                     self._later(self.authority.vm_state(name, state, reason))
+            case w.Resync(network=network):
+                self._pushes.void(host, network)
+                self._push(host, network, self._view(network))
             case w.Query():
                 self._answer(host, message)
             case w.Unsupported(why=why):
@@ -189,7 +199,8 @@ class Domain:
         for tsi in self.authority.cluster.tsis():
             face = tsi.interface
             if face.network == query.network and (
-                query.mac == face.mac or query.address in (face.ipv4, face.ipv6)
+                query.mac == face.mac
+                or (query.address is not None and query.address in (face.ipv4, face.ipv6))
             ):
                 found = Mapping(
                     network=face.network,
@@ -208,38 +219,50 @@ class Domain:
 
     def _networks_changed(self, networks: frozenset[str]) -> None:
         for network in sorted(networks):
+            view = self._view(network)
             for host in sorted(self._wire.hosts()):
-                self._push(host, network)
+                self._push(host, network, view)
 
-    def _push(self, host: str, network: str) -> None:
-        """Tell `host` of `network` if it has a part in it (R-44) and this is news to it."""
+    def _members_changed(self) -> None:
+        """Tell everybody soon: when all NVEs come at once, not everybody of each of them."""
+        if self._members_due is None:
+            loop = asyncio.get_running_loop()
+            self._members_due = loop.call_later(MEMBERS_DELAY_S, self._tell_members)
+
+    def _tell_members(self) -> None:
+        self._members_due = None
+        self._networks_changed(frozenset(self.authority.cluster.networks))
+
+    def _view(self, network: str) -> VnView | None:
+        """None when there is no such network (any more)."""
+        record = self.authority.cluster.networks.get(network)
+        return VnView(self.authority.cluster, record) if record is not None else None
+
+    def _push(self, host: str, network: str, view: VnView | None, *, again: bool = False) -> None:
+        """Tell `host` what is news to it of `network`, if it has a part in it (R-44)."""
         if not self._complete:
             return
-        cluster = self.authority.cluster
-        record = cluster.networks.get(network)
-        member = record is not None and host in cluster.places(network)
-        intent = vn_intent(cluster, record, host) if record is not None and member else None
-        if intent is None and (host, network) not in self._pushed:
-            return
-        content = msgspec.msgpack.encode(intent)
-        if self._pushed.get((host, network)) == content:
-            return
-        versions = {
-            tsi.owner: tsi.version for tsi in cluster.tsis() if tsi.interface.network == network
-        }
-        self._revision += 1
-        if intent is None:
-            del self._pushed[host, network]
-        else:
-            self._pushed[host, network] = content
-        push = w.VnPush(network=network, revision=self._revision, intent=intent, versions=versions)
-        self._wire.send(host, push)
+        match self._pushes.news(host, network, view, again=again):
+            case Whole(revision=revision, intent=intent, versions=versions):
+                push = w.VnPush(
+                    network=network, revision=revision, intent=intent, versions=versions
+                )
+                self._wire.send(host, push)
+            case Update(base=base, revision=revision, change=change, versions=versions):
+                update = w.VnUpdate(
+                    network=network, base=base, revision=revision, change=change, versions=versions
+                )
+                self._wire.send(host, update)
+            case None:
+                pass
 
     def _acknowledged(self, host: str, ack: w.Ack) -> None:
-        self._acked[host, ack.network] = ack.revision
         for failure in ack.failures:
             log.warning("NVE %s: %s: %s", host, ack.network, failure)
-        if not ack.failures:
+        if ack.failures:
+            self._pushes.void(host, ack.network)
+        else:
+            self._pushes.acknowledged(host, ack.network, ack.revision)
             for vm, version in ack.versions.items():
                 self.handovers.acknowledged(host, vm, version)
 

@@ -26,7 +26,7 @@ from overland.hypervisor.qemu import QemuHypervisor
 from overland.mobility.messages import AnyOrder, AnyReport, PrepareNew, PrepareOld, PreparePeer
 from overland.model.cluster import Host, Vm
 from overland.model.names import port_name
-from overland.model.nve import NveIntent, VnIntent
+from overland.model.nve import NveIntent, VnIntent, changed
 from overland.nve.agent import Agent
 from overland.nve.handovers import Handovers
 from overland.nve.journal import PartJournal
@@ -67,7 +67,7 @@ class Nve:
         self._vns: dict[str, VnIntent] = {}
         self._known: dict[str, int] = {}
         self._states: dict[str, str] = {}
-        self._turns: asyncio.Queue[w.VnPush | w.VmOrder | AnyOrder] = asyncio.Queue()
+        self._turns: asyncio.Queue[w.VnPush | w.VnUpdate | w.VmOrder | AnyOrder] = asyncio.Queue()
         self._tasks: set[asyncio.Task[Any]] = set()
         context = tls.context(
             Path(config.tls.ca), Path(config.tls.certificate), Path(config.tls.key), server=False
@@ -129,7 +129,7 @@ class Nve:
 
     def _heard(self, message: w.FromNva) -> None:
         match message:
-            case w.VnPush():
+            case w.VnPush() | w.VnUpdate():
                 self._turns.put_nowait(message)
             case w.MoveOrder(order=(PrepareNew() | PrepareOld() | PreparePeer()) as order):
                 # What it stands on was pushed before: it waits until the kernel has that.
@@ -157,16 +157,17 @@ class Nve:
             if isinstance(push, w.VmOrder):
                 self._later(self._vm_order(push))
                 continue
-            if not isinstance(push, w.VnPush):
+            if not isinstance(push, w.VnPush | w.VnUpdate):
                 self._handovers.order(push)
                 continue
-            if push.revision <= self._known.get(push.network, 0):
+            if push.revision <= self._known.get(push.network, 0) or not self._fits(push):
                 continue
-            if push.intent is None:
+            pushed = self._pushed(push)
+            if pushed is None:
                 self._vns.pop(push.network, None)
             else:
-                self._vns[push.network] = push.intent
-            await self._adopt_all(push.intent)
+                self._vns[push.network] = pushed
+            await self._adopt_all(pushed)
             intent = NveIntent(vns=tuple(self._vns[name] for name in sorted(self._vns)))
             try:
                 failures = tuple(failure.why for failure in await self._agent.want(intent))
@@ -181,6 +182,20 @@ class Nve:
                     failures=failures,
                 )
             )
+
+    def _fits(self, push: w.VnPush | w.VnUpdate) -> bool:
+        """An update changes one revision and no other; else the whole is asked for."""
+        if isinstance(push, w.VnPush):
+            return True
+        fits = push.network in self._vns and self._known.get(push.network) == push.base
+        if not fits:
+            self._link.send(w.Resync(network=push.network))
+        return fits
+
+    def _pushed(self, push: w.VnPush | w.VnUpdate) -> VnIntent | None:
+        if isinstance(push, w.VnPush):
+            return push.intent
+        return changed(self._vns[push.network], push.change)
 
     async def _adopt_all(self, intent: VnIntent | None) -> None:
         """After a restart: take back a descriptor of each tap that a living VM has."""

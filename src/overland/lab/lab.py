@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from overland.lab.topology import UNDERLAY_MTU, WIRE_PORT, LabHost, Topology
 from overland.wire import tls
 
 READY_LIMIT_S = 60.0
+HELLO_S = 0.2
+"""TLS and Hello follow an NVE's TCP connection within milliseconds; nothing outside shows them."""
+
 NETNS = Path("/run/netns")
 
 
@@ -54,7 +58,8 @@ def up(lab: Topology) -> dict[str, Any]:
         port = _start(lab)
         state: dict[str, Any] = {"name": lab.name, "api": f"http://127.0.0.1:{port}"}
         (lab.folder / "state.json").write_text(json.dumps(state))
-        _wait_ready(lab, state["api"])
+        names = {host.name for host in lab.hosts}
+        _wait(lab, lambda: _unready(state["api"], names))
     except BaseException:
         down(lab.name, lab.folder, keep_logs=True)
         raise
@@ -189,16 +194,28 @@ def daemon(lab: Topology, host: LabHost) -> int:
     return pid
 
 
-def restart(lab: Topology, name: str) -> None:
-    """End one daemon (SIGKILL) and start it anew; VMs and traffic are left alone."""
+def size(folder: Path) -> int:
+    """How many hosts the lab in `folder` has; told by its files, for its NVA may be away."""
+    return len(list(folder.glob("h*.toml")))
+
+
+def restart(lab: Topology, name: str) -> int:
+    """End one daemon (SIGKILL) and start it anew; returns its pid at once (see `wait_back`).
+
+    VMs and traffic are left alone.
+    """
     host = next((each for each in (lab.nva, *lab.hosts) if each.name == name), None)
     if host is None or not (NETNS / host.namespace).exists():
         raise LabFailure(f"there is no daemon {name}")
-    pid = int((lab.folder / f"{name}.pid").read_text())
+    pid = _pid(lab, host)
     if pid in _inside([host.namespace]):
         os.kill(pid, signal.SIGKILL)
         _until_gone_pid(pid, host.namespace)
-    daemon(lab, host)
+    return daemon(lab, host)
+
+
+def _pid(lab: Topology, host: LabHost) -> int:
+    return int((lab.folder / f"{host.name}.pid").read_text())
 
 
 def _until_gone_pid(pid: int, namespace: str) -> None:
@@ -212,19 +229,59 @@ def get(url: str) -> Any:
         return json.load(answer)
 
 
-def _wait_ready(lab: Topology, api: str) -> None:
+def wait_back(lab: Topology, name: str, api: str, pid: int) -> None:
+    """Return when daemon `name`, restarted as `pid`, does its work again; else LabFailure.
+
+    An NVA is back when it hears every NVE that runs. An NVE's `ready` at the NVA outlives its
+    connection by the lease, so there the connection itself is looked at as well.
+    """
+    if name == lab.nva.name:
+        needed = {host.name for host in lab.hosts if _pid(lab, host) in _inside([host.namespace])}
+    else:
+        needed = {name}
+
+    def missing() -> set[str]:
+        if not _lives(pid):
+            raise LabFailure(f"{name} ended again; its log is {lab.folder}/{name}.log")
+        if name in needed and not connected(pid, lab.nva.underlay_ipv4, WIRE_PORT):
+            return needed
+        return _unready(api, needed)
+
+    _wait(lab, missing)
+    if name in needed:
+        time.sleep(HELLO_S)
+        _wait(lab, missing)
+
+
+def _wait(lab: Topology, missing: Callable[[], set[str]]) -> None:
+    """Return when nobody is `missing` any more; LabFailure names who still is after the limit."""
     deadline_s = time.monotonic() + READY_LIMIT_S
-    missing = {host.name for host in lab.hosts}
-    while missing:
-        with contextlib.suppress(OSError, ValueError):
-            hosts = get(f"{api}/v1/hosts")
-            missing -= {host["name"] for host in hosts if host["ready"]}
-        if missing and time.monotonic() > deadline_s:
-            raise LabFailure(
-                f"hosts {', '.join(sorted(missing))} did not get ready; logs in {lab.folder}"
-            )
-        if missing:
-            time.sleep(0.05)
+    while left := missing():
+        if time.monotonic() > deadline_s:
+            raise LabFailure(f"{', '.join(sorted(left))} did not get ready; logs in {lab.folder}")
+        time.sleep(0.05)
+
+
+def _unready(api: str, names: set[str]) -> set[str]:
+    """Which of the hosts `names` the NVA does not call ready; the NVA itself if it is silent."""
+    try:
+        hosts = get(f"{api}/v1/hosts")
+    except (OSError, ValueError):
+        return {"nva"}
+    return names - {host["name"] for host in hosts if host["ready"]}
+
+
+def connected(pid: int, address: str, port: int) -> bool:
+    """Whether process `pid` has an established TCP connection to `address`, an IPv4 address."""
+    # The kernel writes an address as a number in the machine's own byte order.
+    number = int.from_bytes(socket.inet_aton(address), sys.byteorder)
+    established = [f"{number:08X}:{port:04X}", "01"]
+    process = Path(f"/proc/{pid}")
+    with contextlib.suppress(OSError):
+        rows = [line.split() for line in (process / "net/tcp").read_text().splitlines()]
+        sockets = {f"socket:[{row[9]}]" for row in rows if row[2:4] == established}
+        return any(os.readlink(fd) in sockets for fd in (process / "fd").iterdir())
+    return False
 
 
 def namespaces(name: str) -> list[str]:
@@ -259,8 +316,13 @@ def _inside(found: list[str]) -> list[int]:
     pids = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if os.stat(entry / "ns/net").st_ino in wanted:
-                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
-                if state != "Z":
-                    pids.append(int(entry.name))
+            if os.stat(entry / "ns/net").st_ino in wanted and _lives(int(entry.name)):
+                pids.append(int(entry.name))
     return pids
+
+
+def _lives(pid: int) -> bool:
+    """Whether there is such a process and it has not ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return False

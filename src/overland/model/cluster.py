@@ -36,6 +36,7 @@ class Network(Record, frozen=True, kw_only=True):
 class Host(Record, frozen=True, kw_only=True):
     """A machine with an NVE. `ready` while its NVE holds its lease at the NVA.
 
+    `dead`: its lease has ended and no other host reaches it either; nobody is told of what it has.
     `blockers` are the NVE's own reasons why nothing can run there (no VXLAN, no QEMU, not root).
     """
 
@@ -51,6 +52,7 @@ class Host(Record, frozen=True, kw_only=True):
     cpu_models: tuple[str, ...] = ()
     blockers: tuple[str, ...] = ()
     ready: bool = False
+    dead: bool = False
     drained: bool = False
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from overland.model.cluster import Family, Record
 
 FLOOD = "00:00:00:00:00:00"
@@ -54,6 +56,32 @@ class VnIntent(Record, frozen=True, kw_only=True):
     members: tuple[str, ...] = ()
     tsis: tuple[TsiIntent, ...] = ()
     remotes: tuple[RemoteIntent, ...] = ()
+
+
+class VnChange(Record, frozen=True, kw_only=True):
+    """What is other in one VN on one NVE than it was: None means as before.
+
+    `remotes` are new or changed, `gone` the MACs that are no longer behind another NVE.
+    """
+
+    members: tuple[str, ...] | None = None
+    tsis: tuple[TsiIntent, ...] | None = None
+    remotes: tuple[RemoteIntent, ...] = ()
+    gone: tuple[str, ...] = ()
+
+
+def changed(before: VnIntent, change: VnChange) -> VnIntent:
+    """The VN after `change`; remotes in the order of their MACs."""
+    remotes = {remote.mac: remote for remote in before.remotes}
+    for mac in change.gone:
+        remotes.pop(mac, None)
+    remotes |= {remote.mac: remote for remote in change.remotes}
+    return msgspec.structs.replace(
+        before,
+        members=before.members if change.members is None else change.members,
+        tsis=before.tsis if change.tsis is None else change.tsis,
+        remotes=tuple(remotes[mac] for mac in sorted(remotes)),
+    )
 
 
 class NveIntent(Record, frozen=True, kw_only=True):

@@ -92,7 +92,7 @@ def _peers(record: Handover) -> dict[str, Any]:
         "subscribed": len(holders),
         "acknowledged": len(seen),
         "steered_before_resume": sum(
-            1 for each in record.steered if record.resume_ns and each.at_ns <= record.resume_ns
+            each.nve in holders and each.at_ns <= record.resume_ns for each in record.steered
         ),
         "fenced": list(record.fenced),
         "slowest": slowest.nve if slowest else None,

@@ -100,17 +100,20 @@ class Authority:
 
     # ------------------------------------------------------------ hosts
 
-    def host_seen(self, host: Host) -> None:
-        """An NVE holds its lease and says this of its host."""
+    def host_seen(self, host: Host) -> bool:
+        """An NVE holds its lease and says this of its host; tells whether that moves mappings."""
         before = self.cluster.hosts.get(host.name)
         drained = before.drained if before else False
         self.cluster.hosts[host.name] = msgspec.structs.replace(host, ready=True, drained=drained)
-        moved = before is None or (before.underlay_ipv4, before.underlay_ipv6) != (
-            host.underlay_ipv4,
-            host.underlay_ipv6,
+        return (
+            before is None
+            or before.dead
+            or (before.underlay_ipv4, before.underlay_ipv6)
+            != (
+                host.underlay_ipv4,
+                host.underlay_ipv6,
+            )
         )
-        if moved:
-            self._changed(frozenset(self.cluster.networks))
 
     def host_lost(self, name: str) -> None:
         host = self.cluster.hosts.get(name)

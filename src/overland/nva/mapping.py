@@ -1,16 +1,20 @@
-"""What each NVE is told of each VN. Pure.
+"""What each NVE is told of each VN, whole or as what has changed. Pure.
 
 An NVE hears only of VNs in which it has an interface or is about to get one (N-04, R-44). Before
 the commit a moving VM is at the old NVE and associated at the new; after it, at the new only.
+What an NVE on a dead host has mapped is told to nobody (N-11).
 """
 
 from __future__ import annotations
 
 import ipaddress
+from collections import defaultdict
+from functools import cached_property
+from typing import Literal
 
 from overland.model.cluster import Host, Network
 from overland.model.handover import committed
-from overland.model.nve import RemoteIntent, TsiIntent, VnIntent
+from overland.model.nve import RemoteIntent, TsiIntent, VnChange, VnIntent
 from overland.nva.cluster import Cluster, Tsi
 
 
@@ -19,69 +23,109 @@ def underlay_address(host: Host, network: Network) -> str | None:
     return host.underlay_ipv4 if network.underlay == "ipv4" else host.underlay_ipv6
 
 
-def vn_intents(cluster: Cluster, host: str) -> dict[str, VnIntent]:
-    """All VNs that NVE `host` has to know, by name."""
-    return {
-        name: intent
-        for name in sorted(cluster.networks)
-        if host in cluster.places(name)
-        and (intent := vn_intent(cluster, cluster.networks[name], host)) is not None
-    }
+_Difference = tuple[list[tuple[str, RemoteIntent]], list[str], bool]
+"""Mappings that are new or other, with their hosts; MACs no longer mapped; the same members?"""
 
 
-def vn_intent(cluster: Cluster, network: Network, host: str) -> VnIntent | None:
-    """One VN as NVE `host` must have it; None while the host's address is not known."""
-    me = cluster.hosts.get(host)
-    local = underlay_address(me, network) if me else None
-    if local is None:
-        return None
-    tsis = [tsi for tsi in cluster.tsis() if tsi.interface.network == network.name]
-    here = [
-        _local(tsi, "activated" if tsi.active else "associated") for tsi in tsis if tsi.host == host
-    ]
-    here += [_local(tsi, "associated") for tsi in _coming(cluster, network, host, tsis)]
-    return VnIntent(
-        network=network.name,
-        vni=network.vni,
-        mtu=network.mtu,
-        underlay=network.underlay,
-        local=local,
-        ipv4_prefix=_prefix(network.ipv4, 24),
-        ipv6_prefix=_prefix(network.ipv6, 64),
-        members=tuple(
-            sorted(
-                address
-                for name in cluster.places(network.name) - {host}
-                if (address := _address(cluster, network, name)) is not None
-            )
-        ),
-        tsis=tuple(sorted(here, key=lambda tsi: (tsi.owner, tsi.index))),
-        remotes=tuple(
-            RemoteIntent(
-                mac=tsi.interface.mac,
-                ipv4=tsi.interface.ipv4,
-                ipv6=tsi.interface.ipv6,
-                nve=address,
-                version=tsi.version,
-            )
-            for tsi in tsis
-            if tsi.active
-            and tsi.host != host
-            and (address := _address(cluster, network, tsi.host)) is not None
-        ),
-    )
+class VnView:
+    """One VN at one instant, for all its NVEs: computed once, however many they are."""
+
+    def __init__(self, cluster: Cluster, network: Network) -> None:
+        self.network = network
+        tsis = [tsi for tsi in cluster.tsis() if tsi.interface.network == network.name]
+        self.versions = {tsi.owner: tsi.version for tsi in tsis}
+        self._places = cluster.places(network.name)
+        hosts = (cluster.hosts[name] for name in self._places if name in cluster.hosts)
+        self._addresses = {
+            host.name: address for host in hosts if (address := underlay_address(host, network))
+        }
+        dead = {name for name, host in cluster.hosts.items() if host.dead}
+        self._members = {n: at for n, at in self._addresses.items() if n not in dead}
+        self._last: tuple[VnView, _Difference] | None = None
+        self._here: dict[str, list[TsiIntent]] = defaultdict(list)
+        for tsi in tsis:
+            self._here[tsi.host].append(_local(tsi, "activated" if tsi.active else "associated"))
+        for host, tsi in _coming(cluster, network, tsis):
+            self._here[host].append(_local(tsi, "associated"))
+        self._remotes = {
+            tsi.interface.mac: (tsi.host, _remote(tsi, self._members[tsi.host]))
+            for tsi in sorted(tsis, key=lambda tsi: tsi.interface.mac)
+            if tsi.active and tsi.host in self._members
+        }
+
+    def includes(self, host: str) -> bool:
+        """Tell whether NVE `host` has a part in the VN, and an address to have it at."""
+        return host in self._places and host in self._addresses
+
+    def intent(self, host: str) -> VnIntent:
+        """The VN as NVE `host` must have it, which it includes."""
+        network = self.network
+        return VnIntent(
+            network=network.name,
+            vni=network.vni,
+            mtu=network.mtu,
+            underlay=network.underlay,
+            local=self._addresses[host],
+            ipv4_prefix=_prefix(network.ipv4, 24),
+            ipv6_prefix=_prefix(network.ipv6, 64),
+            members=self._others(host),
+            tsis=self._tsis(host),
+            remotes=tuple(remote for at, remote in self._remotes.values() if at != host),
+        )
+
+    def change(self, host: str, since: VnView) -> VnChange | None:
+        """What NVE `host` has to change when it has `since`; None when only the whole will do."""
+        same = since._addresses.get(host) == self._addresses[host]
+        if not (same and since.includes(host) and since.network == self.network):
+            return None
+        put, gone, same_members = self._difference(since)
+        tsis = self._tsis(host)
+        return VnChange(
+            members=None if same_members else self._others(host),
+            tsis=None if tsis == since._tsis(host) else tsis,
+            remotes=tuple(remote for at, remote in put if at != host),
+            gone=(*gone, *(remote.mac for at, remote in put if at == host)),
+        )
+
+    def versions_since(self, since: VnView) -> dict[str, int]:
+        """The versions that are news to whoever has `since`."""
+        return dict(self.versions.items() - since.versions.items())
+
+    def _difference(self, since: VnView) -> _Difference:
+        """What is other for everybody; kept for the view that most NVEs have."""
+        if self._last is None or self._last[0] is not since:
+            put = [each for mac, each in self._remotes.items() if since._remotes.get(mac) != each]
+            gone = [mac for mac in since._remotes if mac not in self._remotes]
+            self._last = since, (put, gone, self._members == since._members)
+        return self._last[1]
+
+    def _tsis(self, host: str) -> tuple[TsiIntent, ...]:
+        return tuple(sorted(self._here.get(host, ()), key=lambda tsi: (tsi.owner, tsi.index)))
+
+    def _others(self, host: str) -> tuple[str, ...]:
+        mine = self._addresses[host]
+        return tuple(address for address in self._all if address != mine)
+
+    @cached_property
+    def _all(self) -> tuple[str, ...]:
+        return tuple(sorted(self._members.values()))
 
 
-def _coming(cluster: Cluster, network: Network, host: str, tsis: list[Tsi]) -> list[Tsi]:
-    vms = {
-        move.vm.name
+def _coming(cluster: Cluster, network: Network, tsis: list[Tsi]) -> list[tuple[str, Tsi]]:
+    """The interfaces that a move is about to bring, each with its new host."""
+    to = {
+        move.vm.name: move.new_nve
         for move in cluster.moves.values()
-        if move.new_nve == host and not committed(move.phase) and move.phase != "aborted"
+        if not committed(move.phase) and move.phase != "aborted"
     }
-    return [tsi for tsi in tsis if tsi.kind == "tap" and tsi.owner in vms and tsi.host != host]
+    return [
+        (to[tsi.owner], tsi)
+        for tsi in tsis
+        if tsi.kind == "tap" and tsi.owner in to and tsi.host != to[tsi.owner]
+    ]
 
 
-def _local(tsi: Tsi, state: str) -> TsiIntent:
+def _local(tsi: Tsi, state: Literal["associated", "activated"]) -> TsiIntent:
     return TsiIntent(
         owner=tsi.owner,
         index=tsi.index,
@@ -89,14 +133,19 @@ def _local(tsi: Tsi, state: str) -> TsiIntent:
         mac=tsi.interface.mac,
         ipv4=tsi.interface.ipv4,
         ipv6=tsi.interface.ipv6,
-        state="activated" if state == "activated" else "associated",
+        state=state,
         namespace=tsi.namespace,
     )
 
 
-def _address(cluster: Cluster, network: Network, host: str) -> str | None:
-    record = cluster.hosts.get(host)
-    return underlay_address(record, network) if record else None
+def _remote(tsi: Tsi, address: str) -> RemoteIntent:
+    return RemoteIntent(
+        mac=tsi.interface.mac,
+        ipv4=tsi.interface.ipv4,
+        ipv6=tsi.interface.ipv6,
+        nve=address,
+        version=tsi.version,
+    )
 
 
 def _prefix(subnet: str | None, otherwise: int) -> int:

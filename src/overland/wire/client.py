@@ -74,6 +74,7 @@ class WireClient:
             await transport.wait_disconnected()
         finally:
             self._transport = None
+            transport.disconnect()
 
 
 class _Listener(WSListener):

@@ -12,7 +12,7 @@ import msgspec
 
 from overland.mobility.messages import AnyOrder, AnyReport
 from overland.model.cluster import Host, Mapping, Vm
-from overland.model.nve import VnIntent
+from overland.model.nve import VnChange, VnIntent
 
 PROTOCOL = 1
 
@@ -67,6 +67,12 @@ class VmAnswer(Message, frozen=True, kw_only=True, tag=True):
     failure: str | None = None
 
 
+class Resync(Message, frozen=True, kw_only=True, tag=True):
+    """An update of VN `network` did not fit what is here: push the whole."""
+
+    network: str
+
+
 class Query(Message, frozen=True, kw_only=True, tag=True):
     """Pull on a miss: where is `mac` (or `address`) in VN `network`? (N-05)"""
 
@@ -95,6 +101,19 @@ class VnPush(Message, frozen=True, kw_only=True, tag=True):
     network: str
     revision: int
     intent: VnIntent | None
+    versions: dict[str, int]
+
+
+class VnUpdate(Message, frozen=True, kw_only=True, tag=True):
+    """What changed in VN `network` since revision `base`, which this NVE has in its kernel.
+
+    `versions` are those that are news to it. An NVE that does not have `base` answers Resync.
+    """
+
+    network: str
+    base: int
+    revision: int
+    change: VnChange
     versions: dict[str, int]
 
 
@@ -132,8 +151,8 @@ class Unsupported(Message, frozen=True, kw_only=True, tag=True):
     why: str
 
 
-FromNve = Hello | Ack | VmReport | MoveReport | VmAnswer | Query | Unsupported
-FromNva = Welcome | VnPush | MoveOrder | VmOrder | Answer | Unsupported
+FromNve = Hello | Ack | VmReport | MoveReport | VmAnswer | Resync | Query | Unsupported
+FromNva = Welcome | VnPush | VnUpdate | MoveOrder | VmOrder | Answer | Unsupported
 
 encode = msgspec.msgpack.Encoder().encode
 decode_from_nve = msgspec.msgpack.Decoder(FromNve).decode

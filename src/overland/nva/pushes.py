@@ -1,0 +1,88 @@
+"""What each NVE was told of each VN, and so what is news to it. Pure.
+
+A push changes a revision that the NVE has, or is the whole. Kept is what was sent and not yet
+acknowledged, and the last that was: the NVE may have any of these when it comes back (N-20).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from overland.model.nve import VnChange, VnIntent
+from overland.nva.mapping import VnView
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """The VN as it must be; None: the NVE has no part in it (any more)."""
+
+    revision: int
+    intent: VnIntent | None
+    versions: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What has changed since revision `base`."""
+
+    base: int
+    revision: int
+    change: VnChange
+    versions: dict[str, int]
+
+
+class Pushes:
+    """`revision` is the first one; those of a former NVA are behind it or are skipped."""
+
+    def __init__(self, revision: int) -> None:
+        self._revision = revision
+        self._sent: dict[tuple[str, str], list[tuple[int, VnView]]] = {}
+
+    def has(self, host: str, known: Mapping[str, int]) -> None:
+        """The NVE is back, and says which revisions it has: from these it may go on."""
+        # After a step of the clock a former NVA's revisions may be newer than ours.
+        self._revision = max(self._revision, *known.values(), 0)
+        for (name, network), sent in list(self._sent.items()):
+            if name == host:
+                self._sent[host, network] = [at for at in sent if at[0] == known.get(network)]
+
+    def acknowledged(self, host: str, network: str, revision: int) -> None:
+        """The NVE's kernel has `revision`."""
+        sent = self._sent.get((host, network), [])
+        self._sent[host, network] = [at for at in sent if at[0] >= revision]
+
+    def void(self, host: str, network: str) -> None:
+        """What the NVE has is not what it was told: the next push is the whole."""
+        self._sent.pop((host, network), None)
+
+    def news(
+        self, host: str, network: str, view: VnView | None, *, again: bool = False
+    ) -> Whole | Update | None:
+        """The push that brings `host` to `view`; None when it has been told all of it.
+
+        `view` is None when there is no such VN. `again`: its acknowledgement may have been lost,
+        so there is a push in any case, with all versions.
+        """
+        sent = self._sent.get((host, network), [])
+        if view is None or not view.includes(host):
+            return self._whole(host, network, None) if sent or again else None
+        if not sent:
+            return self._whole(host, network, view)
+        base, before = sent[-1]
+        change = view.change(host, before)
+        if change is None:
+            return self._whole(host, network, view)
+        if change == VnChange() and not again:
+            return None
+        self._revision += 1
+        sent.append((self._revision, view))
+        versions = view.versions if again else view.versions_since(before)
+        return Update(base, self._revision, change, versions)
+
+    def _whole(self, host: str, network: str, view: VnView | None) -> Whole:
+        self._revision += 1
+        self._sent[host, network] = [(self._revision, view)] if view is not None else []
+        if view is None:
+            return Whole(self._revision, None, {})
+        return Whole(self._revision, view.intent(host), view.versions)

@@ -1,0 +1,231 @@
+"""Parts in every stage of the three NVE machines, and the events that an NVE machine may see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from overland.mobility import messages as m
+from overland.mobility.nve import Part, PartStep, Stage
+from overland.model.handover import Options, Transfer
+from tests.core.conversation import MACHINES
+from tests.core.moves import NEW, OLD, PEER, PORT, VM
+
+Role = Literal["old", "new", "peer"]
+NAMES: dict[Role, str] = {"old": OLD, "new": NEW, "peer": PEER}
+
+GOING_ON = m.TransferSeen(transfer=Transfer(status="active", passes=1))
+CONVERGED = m.TransferSeen(transfer=Transfer(status="active", passes=2, bandwidth_bytes_per_s=1e9))
+TORN = m.TransferSeen(transfer=Transfer(status="failed", error="torn"))
+
+SEND = m.Send(move="m1", uri="tcp:x:1")
+STEER = m.Steer(move="m1")
+ACTIVATE = m.Activate(move="m1", version=2)
+RETIRE = m.Retire(move="m1", version=2)
+GIVE_BACK = m.GiveBack(move="m1")
+RESTORE = m.Restore(move="m1")
+CLOSE = m.Close(move="m1")
+
+ORDERS: dict[str, m.AnyOrder] = {
+    "PrepareNew": m.PrepareNew(move="m1", vm=VM, version=1, ports=(PORT,)),
+    "PrepareOld": m.PrepareOld(move="m1", vm=VM, version=1, ports=(PORT,), options=Options()),
+    "PreparePeer": m.PreparePeer(move="m1", version=1, ports=(PORT,)),
+    "Send": SEND,
+    "Force": m.Force(move="m1"),
+    "Steer": STEER,
+    "Steer back": m.Steer(move="m1", back=True),
+    "Digest": m.Digest(move="m1"),
+    "Activate": ACTIVATE,
+    "Retire": RETIRE,
+    "GiveBack": GIVE_BACK,
+    "Restore": RESTORE,
+    "Close": CLOSE,
+}
+
+EFFECTS: dict[Role, tuple[str, ...]] = {
+    "old": (
+        *("Forget", "MakeTunnel", "ArmPorts", "ProvePath", "BeginSend", "WatchTransfer", "Pace"),
+        *("HoldPorts", "AwaitDrained", "FinishSend", "ReleaseInto", "AwaitStop", "TakeDigest"),
+        *("MuteBroadcast", "CancelSend", "SteerHere", "ResumeVm", "CleanUp", "StopCopy"),
+    ),
+    "new": (
+        *("DropStale", "Forget", "ArmPorts", "QuietPorts", "MakeTunnel", "ArmPeers"),
+        *("ReceiveCopy", "OpenPorts", "AwaitCopy", "SteerHere", "TakeDigest", "Unmute"),
+        *("ResumeVm", "Announce", "HoldPorts", "ReleaseInto", "CleanUp", "StopCopy"),
+    ),
+    "peer": ("Forget", "ArmPeers", "ProvePath", "SteerHere", "CleanUp"),
+}
+"""What each role wants done, reports apart."""
+
+
+def done(effect: str, number: int = 25) -> m.Done:
+    return m.Done(effect=effect, number=number, text="tcp:x:1")
+
+
+def every_event(role: Role) -> dict[str, m.NveEvent]:
+    """One event of each kind by its name, and one Done and one Broken for each effect of `role`."""
+    events: dict[str, m.NveEvent] = {**ORDERS}
+    events |= {"TransferSeen going on": GOING_ON, "TransferSeen converged": CONVERGED}
+    events |= {"TransferSeen failed": TORN}
+    for effect in EFFECTS[role]:
+        # Another result than on the way here, so that a result that is written again is seen.
+        events[f"Done: {effect}"] = done(effect, 26)
+    if role == "old":
+        events["Done: AwaitDrained in vain"] = done("AwaitDrained", 0)
+    for effect in (*EFFECTS[role], *(() if role == "peer" else ("vm",))):
+        events[f"Broken: {effect}"] = m.Broken(effect=effect, why="injected")
+    events |= {"Reconnected": m.Reconnected(), "Resumed": m.Resumed()}
+    named = {type(event) for event in events.values()}
+    assert named == set(get_args(m.NveEvent)), "a kind of event is missing here"
+    return events
+
+
+@dataclass(frozen=True)
+class Underway:
+    """A part and, in order, the effects that it wanted and that are not done yet."""
+
+    part: Part
+    effects: tuple[m.Do, ...]
+
+    def hears(self, *events: m.NveEvent) -> Underway:
+        """Take events as an NVE does: a failure, and an order that turns, void what waits."""
+        now = self
+        for event in events:
+            now = now._hears(event)
+        return now
+
+    def _hears(self, event: m.NveEvent) -> Underway:
+        part, wanted = step(self.part, event)
+        turns = isinstance(event, m.GiveBack | m.Restore | m.Close | m.Resumed)
+        void = isinstance(event, m.Broken) or (turns and part.stage != self.part.stage)
+        return Underway(part, (() if void else self.effects) + _unsaid(wanted))
+
+    def restarted(self) -> Underway:
+        """The daemon comes back: it has its part, and has forgotten what was under way."""
+        return Underway(self.part, ()).hears(m.Resumed())
+
+    def does(self, *names: str) -> Underway:
+        """The next effects are done: these."""
+        now = self
+        for name in names:
+            now = now.finds(done(name))
+        return now
+
+    def finds(self, result: m.Done) -> Underway:
+        """The next effect is done, with this result."""
+        first, *rest = self.effects
+        assert type(first).__name__ == result.effect
+        return Underway(self.part, tuple(rest)).hears(result)
+
+    def waits_for(self, effect: str) -> bool:
+        """Tell whether an effect of that name is under way."""
+        return effect in {type(each).__name__ for each in self.effects}
+
+    def until(self, stage: Stage, broken: str = "") -> Underway:
+        """Effects are done until the part is in `stage`; the one named `broken` fails."""
+        now = self
+        while now.part.stage != stage:
+            assert now.effects, f"{now.part.stage} is left with nothing to do"
+            name = type(now.effects[0]).__name__
+            now = (
+                now.hears(m.Broken(effect=name, why="injected"))
+                if name == broken
+                else now.does(name)
+            )
+        return now
+
+
+def step(part: Part, event: m.NveEvent) -> PartStep:
+    """What the machine of the part's role answers."""
+    taken: PartStep = MACHINES[part.role].step(part, event)
+    return taken
+
+
+def _unsaid(effects: tuple[m.Do, ...]) -> tuple[m.Do, ...]:
+    return tuple(effect for effect in effects if not isinstance(effect, m.Say | m.WatchTransfer))
+
+
+def begun(role: Role) -> Underway:
+    """The part as its NVE begins it."""
+    vm = None if role == "peer" else VM
+    # With a limit of the operator's, so that the old NVE has a pace to change.
+    options = Options(bandwidth_bytes_per_s=1 << 30)
+    part = Part(move="m1", nve=NAMES[role], role=role, vm=vm, ports=(PORT,), options=options)
+    part, effects = MACHINES[role].begin(part)
+    return Underway(part, _unsaid(effects))
+
+
+def old_ways() -> dict[str, Underway]:
+    """The old NVE by column. `ring left`: the VM did not empty its ring, and stands."""
+    armed = begun("old").until("armed")
+    sending = armed.hears(SEND)
+    stopping = sending.does("BeginSend").hears(CONVERGED)
+    flowing = stopping.does("Pace", "HoldPorts", "AwaitDrained", "FinishSend", "ReleaseInto")
+    ring_left = stopping.does("Pace", "HoldPorts").finds(done("AwaitDrained", 0))
+    ring_left = ring_left.does("FinishSend", "AwaitStop")
+    stopped = flowing.until("stopped")
+    retired = stopped.hears(RETIRE)
+    returning = stopped.hears(RESTORE)
+    closing = returning.until("returned").hears(CLOSE)
+    return {
+        "arming": begun("old"),
+        "armed": armed,
+        "sending": sending,
+        "stopping": stopping,
+        "stopping, flowing": flowing,
+        "stopping, ring left": ring_left,
+        "stopped": stopped,
+        "stopped, retired": retired,
+        "returning": returning,
+        "returned": returning.until("returned"),
+        "closing": closing,
+        "closing, retired": retired.hears(CLOSE),
+        "closed": closing.until("closed"),
+    }
+
+
+def new_ways() -> dict[str, Underway]:
+    """The new NVE by column. `failed`: its VM died before the commit; `crashed`: after it."""
+    awaiting = begun("new").until("awaiting")
+    steered = awaiting.hears(STEER)
+    whole = steered.until("whole").does("SteerHere")
+    activating = whole.hears(ACTIVATE)
+    returning = whole.hears(GIVE_BACK)
+    died = m.Broken(effect="vm", why="died")
+    return {
+        "arming": begun("new"),
+        "awaiting": awaiting,
+        "whole": whole,
+        "whole, failed": whole.hears(died),
+        "activating": activating,
+        "active": activating.until("active"),
+        "active, crashed": activating.hears(died),
+        "returning": returning,
+        "returned": returning.until("returned"),
+        "closing": awaiting.hears(CLOSE),
+        "closing, activated": activating.until("active").hears(CLOSE),
+        "closed": awaiting.hears(CLOSE).until("closed"),
+    }
+
+
+def peer_ways() -> dict[str, Underway]:
+    """The peer NVE by column. `steered`: its frames go to the new NVE."""
+    armed = begun("peer").until("armed")
+    steering = armed.hears(STEER)
+    closing = steering.does("SteerHere").hears(CLOSE)
+    return {
+        "arming": begun("peer"),
+        "armed": armed,
+        "active": steering,
+        "active, steered": steering.does("SteerHere"),
+        "closing": closing,
+        "closed": closing.until("closed"),
+    }
+
+
+WAYS: dict[Role, dict[str, Underway]] = {
+    "old": old_ways(),
+    "new": new_ways(),
+    "peer": peer_ways(),
+}
+"""A part in every stage, reached by real steps. After the comma: what else matters there."""
