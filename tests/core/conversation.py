@@ -115,10 +115,11 @@ class Conversation:
 
     def _perform(self, nve: str, effect: m.Do) -> None:
         name = type(effect).__name__
+        back = isinstance(effect, m.SteerHere) and effect.back
         if (nve, name) in self.fail:
             self.fail.discard((nve, name))
             self.transcript.append(f"{nve}: {name} fails")
-            self._nve(nve, m.Broken(effect=name, why="injected"))
+            self._nve(nve, m.Broken(effect=name, why="injected", back=back))
             return
         if isinstance(effect, m.WatchTransfer):
             seen = Transfer(status="active", passes=2, bandwidth_bytes_per_s=1e9)
@@ -135,5 +136,5 @@ class Conversation:
             self.running.add(nve)
         assert len(self.running) <= 1, "two copies run"
         numbers = {"HoldPorts": 10, "AwaitStop": 20, "AwaitCopy": 30, "ResumeVm": 50}
-        done = m.Done(effect=name, number=numbers.get(name, 25), text="tcp:x:1")
+        done = m.Done(effect=name, number=numbers.get(name, 25), text="tcp:x:1", back=back)
         self._nve(nve, done)

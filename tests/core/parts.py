@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import msgspec
+
 from overland.mobility import messages as m
 from overland.mobility.nve import Part, PartStep, Stage
 from overland.model.handover import Options, Transfer
@@ -20,6 +22,7 @@ TORN = m.TransferSeen(transfer=Transfer(status="failed", error="torn"))
 
 SEND = m.Send(move="m1", uri="tcp:x:1")
 STEER = m.Steer(move="m1")
+BACK = m.Steer(move="m1", back=True)
 ACTIVATE = m.Activate(move="m1", version=2)
 RETIRE = m.Retire(move="m1", version=2)
 GIVE_BACK = m.GiveBack(move="m1")
@@ -33,7 +36,7 @@ ORDERS: dict[str, m.AnyOrder] = {
     "Send": SEND,
     "Force": m.Force(move="m1"),
     "Steer": STEER,
-    "Steer back": m.Steer(move="m1", back=True),
+    "Steer back": BACK,
     "Digest": m.Digest(move="m1"),
     "Activate": ACTIVATE,
     "Retire": RETIRE,
@@ -74,6 +77,9 @@ def every_event(role: Role) -> dict[str, m.NveEvent]:
         events["Done: AwaitDrained in vain"] = done("AwaitDrained", 0)
     for effect in (*EFFECTS[role], *(() if role == "peer" else ("vm",))):
         events[f"Broken: {effect}"] = m.Broken(effect=effect, why="injected")
+    if role == "peer":
+        events["Done: SteerHere back"] = msgspec.structs.replace(done("SteerHere", 26), back=True)
+        events["Broken: SteerHere back"] = m.Broken(effect="SteerHere", why="injected", back=True)
     events |= {"Reconnected": m.Reconnected(), "Resumed": m.Resumed()}
     named = {type(event) for event in events.values()}
     assert named == set(get_args(m.NveEvent)), "a kind of event is missing here"
@@ -108,8 +114,14 @@ class Underway:
         """The next effects are done: these."""
         now = self
         for name in names:
-            now = now.finds(done(name))
+            result = done(name)
+            now = now.finds(msgspec.structs.replace(result, back=now.turns_back()))
         return now
+
+    def turns_back(self) -> bool:
+        """Tell whether the next effect is a turn back."""
+        first = self.effects[0] if self.effects else None
+        return isinstance(first, m.SteerHere) and first.back
 
     def finds(self, result: m.Done) -> Underway:
         """The next effect is done, with this result."""
@@ -128,7 +140,7 @@ class Underway:
             assert now.effects, f"{now.part.stage} is left with nothing to do"
             name = type(now.effects[0]).__name__
             now = (
-                now.hears(m.Broken(effect=name, why="injected"))
+                now.hears(m.Broken(effect=name, why="injected", back=now.turns_back()))
                 if name == broken
                 else now.does(name)
             )
@@ -218,6 +230,7 @@ def peer_ways() -> dict[str, Underway]:
         "armed": armed,
         "active": steering,
         "active, steered": steering.does("SteerHere"),
+        "active, turned back": steering.hears(BACK),
         "closing": closing,
         "closed": closing.until("closed"),
     }

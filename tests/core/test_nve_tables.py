@@ -241,3 +241,48 @@ def test_close_alone_leads_to_the_end_wherever_it_is_obeyed(role: Role) -> None:
     assert obeyed
     for way in obeyed:
         assert way.hears(CLOSE).until("closed").part.stage == "closed"
+
+
+@pytest.mark.req("R-14")
+def test_a_dead_copy_is_not_offered_for_the_commit() -> None:
+    """What came before the failure would let the coordinator commit to it (HO-4)."""
+    failed = WAYS["new"]["whole, failed"]
+    for event in (m.Reconnected(), m.Resumed()):
+        _, effects = step(failed.part, event)
+        said = [type(each.report).__name__ for each in effects if isinstance(each, m.Say)]
+        assert said == ["Failed"]
+
+
+@pytest.mark.req("R-45")
+def test_a_peer_tells_of_the_turn_that_was_ordered_last() -> None:
+    """It was ordered back while the turn to the new NVE was still under way."""
+    both = WAYS["peer"]["active, turned back"]
+    forward = both.does("SteerHere")
+    assert not forward.part.steered_ns
+    assert forward.does("SteerHere").part.steered_ns
+    broken = both.hears(m.Broken(effect="SteerHere", why="no marker came back"))
+    assert broken.effects == (m.SteerHere(back=True, local=False),)
+
+
+@pytest.mark.req("R-36")
+@pytest.mark.parametrize("broken", ["StopCopy", "vm"])
+def test_what_waits_at_the_new_nve_goes_back_whatever_becomes_of_its_copy(broken: str) -> None:
+    for column in ("returning", "closing"):
+        after = WAYS["new"][column].hears(m.Broken(effect=broken, why="died"))
+        assert after.waits_for("ReleaseInto")
+
+
+@pytest.mark.req("R-42")
+def test_a_retired_old_nve_mutes_broadcasts_again_after_a_restart() -> None:
+    assert WAYS["old"]["stopped, retired"].restarted().waits_for("MuteBroadcast")
+
+
+@pytest.mark.req("R-36")
+def test_an_old_nve_that_cannot_go_on_after_the_stop_says_so_before_the_commit() -> None:
+    """After the commit it sends on what it can; there is no way back."""
+    before = WAYS["old"]["stopped"].hears(m.Broken(effect="ArmPorts", why="no such device"))
+    assert before.part.failure == ("ArmPorts", "no such device")
+    after = WAYS["old"]["stopped, retired"].hears(m.Broken(effect="ArmPorts", why="gone"))
+    assert after.waits_for("ReleaseInto")
+    dead = WAYS["old"]["stopped"].hears(m.Broken(effect="vm", why="died"))
+    assert dead.part.failure is None, "the new copy is whole: the move goes on"

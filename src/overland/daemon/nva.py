@@ -20,10 +20,20 @@ from overland.api.rest import create_app
 from overland.config import NvaConfig
 from overland.daemon import inside, run_first
 from overland.mobility import coordinator
-from overland.mobility.messages import AnyOrder, AnyReport, Close, Closed, Failed, Progress
+from overland.mobility.messages import (
+    Activate,
+    AnyOrder,
+    AnyReport,
+    Close,
+    Closed,
+    Failed,
+    Progress,
+    Retire,
+)
 from overland.model.cluster import Mapping, Refused, Vm
 from overland.model.handover import ENDED, Handover, Options
 from overland.model.receipt import receipt
+from overland.model.ticket import ticket_of
 from overland.nva import rules
 from overland.nva.authority import Authority, Blocked
 from overland.nva.handovers import Handovers, last_orders
@@ -33,6 +43,7 @@ from overland.ports import PortFailure
 from overland.store.sqlite import SqliteStore
 from overland.wire import messages as w
 from overland.wire import tls
+from overland.wire.seal import Sealer
 from overland.wire.server import WireServer
 
 _STATE_AFTER = {
@@ -58,6 +69,7 @@ class Domain:
         self._config = config
         self.authority = Authority(SqliteStore(Path(config.store)), self._networks_changed)
         self._wire = WireServer(self)
+        self._sealer = Sealer(Path(config.tls.certificate), Path(config.tls.key))
         self.handovers = Handovers(self.authority, self._tell, self._move_changed)
         self._pushes = Pushes(time.time_ns())
         self._numbers = itertools.count(1)
@@ -267,6 +279,11 @@ class Domain:
                 self.handovers.acknowledged(host, vm, version)
 
     def _tell(self, nve: str, order: AnyOrder) -> None:
+        if isinstance(order, Activate | Retire):
+            record = self.handovers.record(order.move) or self.authority.move(order.move)
+            assert record is not None
+            ticket = ticket_of(record, order.version, time.time_ns())
+            order = msgspec.structs.replace(order, seal=self._sealer.seal(ticket))
         if not self._wire.send(nve, w.MoveOrder(order=order)):
             log.warning("NVE %s is away: %s not sent", nve, type(order).__name__)
 

@@ -27,6 +27,7 @@ from overland.mobility.messages import AnyOrder, AnyReport, PrepareNew, PrepareO
 from overland.model.cluster import Host, Vm
 from overland.model.names import port_name
 from overland.model.nve import NveIntent, VnIntent, changed
+from overland.model.ticket import Seal, Ticket
 from overland.nve.agent import Agent
 from overland.nve.handovers import Handovers
 from overland.nve.journal import PartJournal
@@ -34,6 +35,7 @@ from overland.ports import PortFailure
 from overland.wire import messages as w
 from overland.wire import tls
 from overland.wire.client import WireClient
+from overland.wire.seal import Forged, opened
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class Nve:
             self._say,
             config.hold_frames,
             PartJournal(Path(config.run_dir) / "moves"),
+            self._opened,
         )
         self._host = Host(name=config.host)
         self._vns: dict[str, VnIntent] = {}
@@ -123,6 +126,12 @@ class Nve:
             vms=dict(self._states),
             moves=self._handovers.open_moves(),
         )
+
+    def _opened(self, seal: Seal | None) -> Ticket | str:
+        try:
+            return opened(seal, Path(self._config.tls.ca))
+        except Forged as forged:
+            return str(forged)
 
     def _say(self, report: AnyReport) -> None:
         self._link.send(w.MoveReport(report=report))

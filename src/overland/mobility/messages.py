@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from overland.model.cluster import Record, Vm
 from overland.model.handover import Memory, MovingPort, Options, Packets, Transfer
+from overland.model.ticket import Seal
 
 # ------------------------------------------------------------ orders: coordinator -> NVE
 
@@ -66,12 +67,14 @@ class Activate(Order, frozen=True, kw_only=True, tag=True):
     """To the new NVE, only after the commit: let the VM in and run it under `version`."""
 
     version: int
+    seal: Seal | None = None
 
 
 class Retire(Order, frozen=True, kw_only=True, tag=True):
     """To the old NVE, only after the commit: never run this copy again."""
 
     version: int
+    seal: Seal | None = None
 
 
 class GiveBack(Order, frozen=True, kw_only=True, tag=True):
@@ -402,19 +405,24 @@ class TransferSeen(Record, frozen=True, kw_only=True, tag=True):
 
 
 class Done(Record, frozen=True, kw_only=True, tag=True):
-    """An effect was performed. `number` and `text` carry its result, where it has one."""
+    """An effect was performed. `number` and `text` carry its result, where it has one.
+
+    `back` is SteerHere's own: the turn that was made need not be the last that was ordered.
+    """
 
     effect: str
     number: int = 0
     text: str = ""
+    back: bool = False
     packets: Packets = Packets()
 
 
 class Broken(Record, frozen=True, kw_only=True, tag=True):
-    """An effect failed, or the VM did (`effect` is then `vm`)."""
+    """An effect failed, or the VM did (`effect` is then `vm`). `back` as in Done."""
 
     effect: str
     why: str
+    back: bool = False
 
 
 class Reconnected(Record, frozen=True, kw_only=True, tag=True):

@@ -93,7 +93,7 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             return part, _said(part)
         case "awaiting" | "whole", Steer(back=False):
             return part, (_STEER,)
-        case _, Done(effect="SteerHere", number=at_ns):
+        case "awaiting" | "whole" | "activating" | "active", Done(effect="SteerHere", number=at_ns):
             part = msgspec.structs.replace(part, steered_ns=part.steered_ns or at_ns)
             return part, (_steered(part),)
         case "whole", Digest():
@@ -117,7 +117,8 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             # The move was aborted without us; only Activate could have made this copy run.
             return to(part, "closing", *_own_copy(part), *_GIVE_BACK, CleanUp())
         case "closing", Broken(effect=effect) if effect != "CleanUp":
-            return part, (CleanUp(),)
+            rest = () if part.version or effect in _GIVING_BACK else _GIVE_BACK
+            return part, (*rest, CleanUp())
         case "closing", Broken():
             # What could not be removed is swept when the daemon starts again.
             return to(part, "closed", Say(report=Closed(move=part.move, nve=part.nve)))
@@ -126,12 +127,15 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             return to(part, "closed", Say(report=closed))
         case "arming" | "awaiting" | "whole", GiveBack():
             return to(part, "returning", *_own_copy(part), *_GIVE_BACK)
+        case "returning", Broken(effect=effect) if effect not in _GIVING_BACK:
+            # What waits goes back whatever becomes of the copy.
+            return part, _GIVE_BACK
         case "returning", Done(effect="ReleaseInto") | Broken():
             part = msgspec.structs.replace(part, stage="returned")
             return part, _said(part)
         case "returned", GiveBack():
             return part, _said(part)
-        case _, Broken(effect="SteerHere", why=why):
+        case "awaiting" | "whole" | "activating" | "active", Broken(effect="SteerHere", why=why):
             return part, (Say(report=Failed(move=part.move, nve=part.nve, step="steer", why=why)),)
         case "arming" | "awaiting" | "whole" | "activating", Broken(effect=effect, why=why):
             return failed(part, effect, why)
@@ -147,6 +151,7 @@ _GIVE_BACK: tuple[Do, ...] = (
     HoldPorts(),
     ReleaseInto(tunnel=True),
 )
+_GIVING_BACK = {type(effect).__name__ for effect in _GIVE_BACK}
 
 
 def _own_copy(part: Part) -> tuple[Do, ...]:
@@ -161,16 +166,20 @@ def _steered(part: Part) -> Say:
 
 
 def _said(part: Part) -> tuple[Do, ...]:
-    """The reports that `part` stands for; the coordinator may hear them any number of times."""
+    """The reports that `part` stands for; the coordinator may hear them any number of times.
+
+    A failure is said alone: what came before it would let the coordinator commit.
+    """
     move, nve = part.move, part.nve
     steered = (_steered(part),) if part.steered_ns else ()
     match part.stage:
+        case "awaiting" | "whole" if part.failure is not None:
+            return failure_of(part)
         case "awaiting":
-            prepared = Say(report=Prepared(move=move, nve=nve, uri=part.uri))
-            return (prepared, *steered, *failure_of(part))
+            return (Say(report=Prepared(move=move, nve=nve, uri=part.uri)), *steered)
         case "whole":
             received = Say(report=Received(move=move, nve=nve, at_ns=part.received_ns))
-            return (received, *steered, *failure_of(part))
+            return (received, *steered)
         case "active" if part.failure is not None and not part.resumed_ns:
             return (Say(report=Crashed(move=move, nve=nve, why=part.failure[1])),)
         case "active":
@@ -205,6 +214,7 @@ def _resumed(part: Part) -> PartStep:
         case "returning":
             return part, (*_own_copy(part), *_GIVE_BACK)
         case "closing":
-            return part, (*_own_copy(part), CleanUp())
+            back = () if part.version else _GIVE_BACK
+            return part, (*_own_copy(part), *back, CleanUp())
         case _:
             return part, _said(part)

@@ -107,6 +107,10 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
         case "stopped", Retire(version=version) if not part.retired:
             part = msgspec.structs.replace(part, retired=True, version=version)
             return part, (MuteBroadcast(),)
+        case "stopped", Broken(effect=effect, why=why) if effect != "vm" and not part.retired:
+            return failed(part, effect, why)
+        case "stopped", Broken(effect="MakeTunnel" | "ArmPorts"):
+            return part, (ReleaseInto(tunnel=True),)
         case "closing", Broken(effect=effect) if effect not in ("CleanUp", "StopCopy"):
             stop = (StopCopy(),) if part.retired else ()
             return part, (CleanUp(), *stop)
@@ -254,6 +258,8 @@ def _said(part: Part) -> tuple[Do, ...]:
     match part.stage:
         case "armed":
             return (Say(report=Prepared(move=part.move, nve=part.nve)),)
+        case "stopped" if part.failure is not None and not part.retired:
+            return failure_of(part)
         case "stopped":
             return (_stopped(part),)
         case "returned":
@@ -279,7 +285,8 @@ def _resumed(part: Part) -> PartStep:
             part, said = failed(part, "stop", RESTARTED)
             return to(part, "stopping", *again, *said)
         case "stopped":
-            return part, (*again, ReleaseInto(tunnel=True))
+            mute = (MuteBroadcast(),) if part.retired else ()
+            return part, (*again, ReleaseInto(tunnel=True), *mute)
         case "returning":
             return to(part, "returning", *_HOME)
         case "closing":

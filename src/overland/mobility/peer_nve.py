@@ -38,7 +38,7 @@ def begin(part: Part) -> PartStep:
     return to(part, "arming", Forget(), ArmPeers(), ProvePath(to="new"))
 
 
-def step(part: Part, event: NveEvent) -> PartStep:
+def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per transition
     """Return the next part and the effects wanted; an event out of place changes nothing."""
     match part.stage, event:
         case _, Reconnected():
@@ -51,7 +51,12 @@ def step(part: Part, event: NveEvent) -> PartStep:
         case "armed" | "active", Steer(back=back):
             part = msgspec.structs.replace(part, turned=back, steered_ns=0)
             return to(part, "active", SteerHere(back=back, local=False))
-        case "active", Done(effect="SteerHere", number=at_ns):
+        case "active", Broken(effect="SteerHere", back=back) if back != part.turned:
+            # The turn that was ordered since stood behind it, and went with it.
+            return part, (SteerHere(back=part.turned, local=False),)
+        case "active", Broken(effect="ArmPeers", why=why):
+            return part, (Say(report=Failed(move=part.move, nve=part.nve, step="steer", why=why)),)
+        case "active", Done(effect="SteerHere", number=at_ns, back=back) if back == part.turned:
             part = msgspec.structs.replace(part, steered_ns=at_ns)
             return part, _said(part)
         case "closing", Broken(effect=effect) if effect != "CleanUp":
@@ -59,7 +64,7 @@ def step(part: Part, event: NveEvent) -> PartStep:
         case "closing", Broken():
             # What could not be removed is swept when the daemon starts again.
             return to(part, "closed", Say(report=Closed(move=part.move, nve=part.nve)))
-        case _, Broken(effect="SteerHere", why=why):
+        case "active", Broken(effect="SteerHere", why=why):
             return part, (Say(report=Failed(move=part.move, nve=part.nve, step="steer", why=why)),)
         case "arming", Broken(effect=effect, why=why):
             return failed(part, effect, why)

@@ -22,6 +22,7 @@ from overland.mobility import new_nve, old_nve, peer_nve
 from overland.mobility.nve import Part, PartStep
 from overland.model.handover import Memory, MovingPort, Packets
 from overland.model.names import bridge_name
+from overland.model.ticket import Seal, Ticket, ticket_refusal
 from overland.nve.journal import Kept, PartJournal
 from overland.nve.moving import Moving
 from overland.ports import HandoverPath, Hypervisor, PortFailure, Tunnel
@@ -64,7 +65,10 @@ class Ground(Protocol):
 
 
 class Handovers:
-    """All open parts of this NVE. `say` sends a report to the coordinator, in order."""
+    """All open parts of this NVE. `say` sends a report to the coordinator, in order.
+
+    `opened` reads a sealed ticket, or says why it is not from the NVA.
+    """
 
     def __init__(
         self,
@@ -75,8 +79,10 @@ class Handovers:
         say: Callable[[m.AnyReport], None],
         hold_frames: int,
         journal: PartJournal,
+        opened: Callable[[Seal | None], Ticket | str],
     ) -> None:
         self._nve = nve
+        self._opened = opened
         self._journal = journal
         self._hypervisor = hypervisor
         self._path = path
@@ -125,11 +131,35 @@ class Handovers:
                 self._say(m.GivenBack(move=order.move, nve=self._nve))
             case m.Restore() if running is None:
                 self._say(m.Restored(move=order.move, nve=self._nve))
+            case m.Activate() | m.Retire() if running is not None:
+                self._with_ticket(running, order)
             case _ if running is not None:
                 running.event(order)
             case _:
                 why = "this NVE has no part in the move"
                 self._say(m.Failed(move=order.move, nve=self._nve, step="order", why=why))
+
+    def _with_ticket(self, running: _Running, order: m.Activate | m.Retire) -> None:
+        """A copy runs, or ends, with the NVA's ticket for this very move only (HO-27)."""
+        ticket, part = self._opened(order.seal), running.part
+        why = (
+            ticket
+            if isinstance(ticket, str)
+            else ticket_refusal(
+                ticket,
+                move=order.move,
+                vm=part.vm.name if part.vm is not None else "",
+                ports=part.ports,
+                nve=self._nve,
+                base_version=running.base_version,
+                now_ns=time.time_ns(),
+            )
+        )
+        if why is None:
+            running.event(order)
+        else:
+            log.warning("move %s: %s refused: %s", order.move, type(order).__name__, why)
+            self._say(m.Failed(move=order.move, nve=self._nve, step="ticket", why=why))
 
     def vm_died(self, vm: str, why: str) -> None:
         """Tell the machines that QEMU itself reported the end of `vm`."""
@@ -211,7 +241,8 @@ class Handovers:
         try:
             return await performer.perform(effect)
         except PortFailure as failure:
-            return m.Broken(effect=type(effect).__name__, why=str(failure))
+            back = isinstance(effect, m.SteerHere) and effect.back
+            return m.Broken(effect=type(effect).__name__, why=str(failure), back=back)
 
 
 class _Running:
@@ -412,7 +443,7 @@ class _Performer:
                 port.port if effect.local else None,
                 STEER_LIMIT_S,
             )
-        return m.Done(effect="SteerHere", number=_now_ns())
+        return m.Done(effect="SteerHere", number=_now_ns(), back=effect.back)
 
     async def _TakeDigest(self, _: m.Do) -> m.Done:
         return m.Done(effect="TakeDigest", text=await self._hypervisor.digest(self._vm))

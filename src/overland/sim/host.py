@@ -189,10 +189,11 @@ class SimHost:
         getattr(self, f"_{name}")(effect)
 
     def _ok(self, effect: m.Do, number: int = 1, text: str = "") -> None:
-        self._done(m.Done(effect=type(effect).__name__, number=number, text=text))
+        name, back = type(effect).__name__, _back(effect)
+        self._done(m.Done(effect=name, number=number, text=text, back=back))
 
     def _broken(self, effect: m.Do, why: str) -> None:
-        self._done(m.Broken(effect=type(effect).__name__, why=why))
+        self._done(m.Broken(effect=type(effect).__name__, why=why, back=_back(effect)))
 
     def _Forget(self, effect: m.Do) -> None:
         self._disarm()
@@ -430,3 +431,7 @@ class SimHost:
             self.held.append(frame)
         else:
             self.world.lost(frame, "daemon")
+
+
+def _back(effect: m.Do) -> bool:
+    return isinstance(effect, m.SteerHere) and effect.back
