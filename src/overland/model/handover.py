@@ -82,9 +82,12 @@ kept. `drop` is counted. In an L2 VN the NVE never sends ICMP, in any phase (R-3
 """
 
 
+_COMMITTED = frozenset(FORWARD[FORWARD.index("committed") :])
+
+
 def committed(phase: Phase) -> bool:
     """Tell whether the point of no return has been passed: from here a move only goes forward."""
-    return phase in FORWARD and FORWARD.index(phase) >= FORWARD.index("committed")
+    return phase in _COMMITTED
 
 
 class MovingPort(Record, frozen=True, kw_only=True):

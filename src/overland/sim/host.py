@@ -53,7 +53,8 @@ class SimHost:
         self.queue: deque[m.Do] = deque()
         self.busy = False
         self.voided = 0
-        self.copy: Copy = "none"
+        self._copy: Copy = "none"
+        self._waiting: list[Callable[[], None]] = []
         self.ring: deque[Frame] = deque()
         self.gate: Gate | None = None
         self.tunnel = False
@@ -63,6 +64,19 @@ class SimHost:
         self.finishing = False
         self.unsent: list[m.AnyReport] = []
         self.closed: set[str] = set()
+
+    @property
+    def copy(self) -> Copy:
+        """This host's copy of the VM."""
+        return self._copy
+
+    @copy.setter
+    def copy(self, copy: Copy) -> None:
+        self._copy = copy
+        self.world.copy_changed(self.name, runs=copy == "running")
+        waiting, self._waiting = self._waiting, []
+        for again in waiting:
+            self.world.later(0.005, again)
 
     # ------------------------------------------------------------ the shell (nve/handovers.py)
 
@@ -133,13 +147,16 @@ class SimHost:
 
     def _later(self, seconds: float, work: Callable[[], None]) -> None:
         """Do `work` unless the daemon dies or its part is void before."""
+        self.world.later(seconds, self._while_it_lives(work))
+
+    def _while_it_lives(self, work: Callable[[], None]) -> Callable[[], None]:
         life, voided = self.life, self.voided
 
         def due() -> None:
-            if self.alive and (self.life, self.voided) == (life, voided):
+            if self.alive and self.life == life and self.voided == voided:
                 work()
 
-        self.world.later(seconds, due)
+        return due
 
     def _void(self) -> None:
         self.voided += 1
@@ -255,7 +272,7 @@ class SimHost:
             if self.copy == ("whole" if isinstance(effect, m.AwaitCopy) else "sent"):
                 self.event(m.Done(effect=name, number=1))
             elif self.copy != "none":
-                self._later(0.01, lambda: self._beside(effect, stage))
+                self._waiting.append(self._while_it_lives(lambda: self._beside(effect, stage)))
             elif self.part is not None and self.part.stage == stage:
                 self.event(m.Broken(effect=name, why="QEMU ended"))
             return
