@@ -69,7 +69,7 @@ class Domain:
         self._config = config
         self.authority = Authority(SqliteStore(Path(config.store)), self._networks_changed)
         self._wire = WireServer(self)
-        self._sealer = Sealer(Path(config.tls.certificate), Path(config.tls.key))
+        self._sealer: Sealer | None = None
         self.handovers = Handovers(self.authority, self._tell, self._move_changed)
         self._pushes = Pushes(time.time_ns())
         self._numbers = itertools.count(1)
@@ -87,9 +87,9 @@ class Domain:
         config = self._config
         api = _api_socket(config)
         await self.authority.load()
-        context = tls.context(
-            Path(config.tls.ca), Path(config.tls.certificate), Path(config.tls.key), server=True
-        )
+        certificate, key = Path(config.tls.certificate), Path(config.tls.key)
+        context = tls.context(Path(config.tls.ca), certificate, key, server=True)
+        self._sealer = Sealer(certificate, key)
         try:
             await self._wire.listen(config.wire_address, config.wire_port, context)
         except OSError as error:
@@ -281,7 +281,7 @@ class Domain:
     def _tell(self, nve: str, order: AnyOrder) -> None:
         if isinstance(order, Activate | Retire):
             record = self.handovers.record(order.move) or self.authority.move(order.move)
-            assert record is not None
+            assert record is not None and self._sealer is not None  # noqa: PT018 - not a test
             ticket = ticket_of(record, order.version, time.time_ns())
             order = msgspec.structs.replace(order, seal=self._sealer.seal(ticket))
         if not self._wire.send(nve, w.MoveOrder(order=order)):
