@@ -23,6 +23,7 @@ FAULTS = (
     *(Fault("daemon", who) for who in ("old", "new", "peer", "nva")),
     Fault("copy", "new"),
     Fault("copy", "old"),
+    Fault("abort", "nva"),
     *(Fault("link", who, seconds) for who in ("old", "new", "peer") for seconds in (1.0, 5.0)),
     Fault("link", "old", 30.0),
     Fault("link", "new", 30.0),

@@ -261,3 +261,43 @@ async def test_a_message_from_the_future_is_answered_and_not_fatal(world: World)
     assert "Strange" in (await one.hears(w.Unsupported)).why
     one.say(w.Query(id=9, network="blue", address="10.0.0.2"))
     assert (await one.hears(w.Answer)).mapping is not None
+
+
+async def question(nve: Nve, *, answers: bool) -> None:
+    """Take the next question for another host, and answer it."""
+    asked = await nve.hears(w.HostQuestion)
+    assert asked.address == "192.0.2.1"
+    nve.say(w.HostAnswer(id=asked.id, answers=answers))
+
+
+@pytest.mark.req("N-11")
+async def test_what_a_dead_host_had_is_withdrawn_and_comes_back_with_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("overland.daemon.liveness.AGAIN_S", 0.05)
+    one, two = await begin(world)
+    await question(two, answers=True)  # while it is there: so its silence will mean something
+    await one.leave()
+    await question(two, answers=True)  # its NVE is away, the host lives: nothing is withdrawn
+    await question(two, answers=False)
+    update = await two.hears(w.VnUpdate)
+    assert (update.change.members, update.change.gone) == ((), ("02:00:00:00:00:01",))
+    assert world.domain.authority.cluster.hosts["h1"].dead
+    one.connect()
+    back = await two.hears(w.VnUpdate)
+    assert back.change.members == ("192.0.2.1",)
+    assert [each.mac for each in back.change.remotes] == ["02:00:00:00:00:01"]
+
+
+@pytest.mark.req("N-11")
+async def test_a_host_that_never_answered_is_not_dead_because_it_is_silent(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A firewall may keep it from answering; its VMs run."""
+    monkeypatch.setattr("overland.daemon.liveness.AGAIN_S", 0.05)
+    one, two = await begin(world)
+    await question(two, answers=False)
+    await one.leave()
+    for _ in range(10):
+        await question(two, answers=False)
+    assert not world.domain.authority.cluster.hosts["h1"].dead

@@ -14,12 +14,15 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from overland.lab import lab as labs
 from overland.lab.topology import LABS, topology
+from overland.model.names import port_name
+from tests.lab.ears import Ears, overlaps
 
 OVERLAND = str(Path(sys.executable).parent / "overland")
 SETTLE_LIMIT_S = 60.0
@@ -55,6 +58,9 @@ class Lab:
 
     name: str
     vm: str = "web"
+    number: int = 5
+    overlaps: list[str] = field(default_factory=list)
+    """Where the VM sent from two hosts at once in the last move; never."""
 
     def up(self, append: str = "") -> None:
         self.down()
@@ -70,8 +76,13 @@ class Lab:
             )
         ok(
             *("vm", "create", self.vm, "--host", "h1", "--append", append),
-            *("--network", "blue,ipv4=10.42.0.5,ipv6=fd42::5"),
+            *("--network", f"blue,ipv4={self.addresses[0]},ipv6={self.addresses[1]}"),
         )
+        self.until(lambda: len(self.reachable()) == len(HOSTS))  # the guest has booted
+
+    @property
+    def addresses(self) -> tuple[str, str]:
+        return f"10.42.0.{self.number}", f"fd42::{self.number}"
 
     def down(self) -> None:
         run("lab", "down", "--name", self.name)
@@ -102,11 +113,16 @@ class Lab:
 
     def cut(self, name: str, seconds: float) -> None:
         """Take `name`'s underlay link down for a while."""
-        namespace = f"ovl-{self.name}-{name}"
-        link = ["ip", "-n", namespace, "link", "set", "underlay"]
-        subprocess.run([*link, "down"], check=True)
+        self._link(name, up=False)
         time.sleep(seconds)
-        subprocess.run([*link, "up"], check=True)
+        self._link(name, up=True)
+
+    def _link(self, name: str, *, up: bool) -> None:
+        namespace = f"ovl-{self.name}-{name}"
+        link = ["ip", "-n", namespace, "link", "set", "underlay", "up" if up else "down"]
+        subprocess.run(link, check=True)
+        if not up:
+            return
         address = next(n for n, h in enumerate((*HOSTS, "nva"), 1) if h == name)
         number = 254 if name == "nva" else address
         subprocess.run(  # the kernel forgets IPv6 addresses of a link that goes down
@@ -162,7 +178,7 @@ class Lab:
                     capture_output=True,
                     check=False,
                 ).returncode
-                for address in ("10.42.0.5", "fd42::5")
+                for address in self.addresses
             ]
             if pings == [0, 0]:
                 found.add(f"p{n}")
@@ -184,12 +200,30 @@ class Lab:
         old, new = self.where(), self.next_host()
         peer = next(host for host in HOSTS if host not in (old, new))
         names = {"old": old, "new": new, "peer": peer, "nva": "nva"}
-        move = self.begin(new, phase)
-        self.do(fault.kind, names[fault.who], fault.seconds)
-        return self.ended(move)
+        with self.listening() as ears:
+            move = self.begin(new, phase)
+            self.do(fault.kind, names[fault.who], fault.seconds, move)
+            receipt = self.ended(move)
+            self.overlaps = overlaps(ears.sent())
+        return receipt
 
-    def do(self, kind: str, name: str, seconds: float) -> None:
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Ears]:
+        """Let the VM speak, by answering, and hear where it does."""
+        hosts = {host: f"ovl-{self.name}-{host}" for host in HOSTS}
+        ears = Ears(hosts, port_name(self.vm, 0))
+        talk = ["ip", "netns", "exec", f"ovl-{self.name}-e-p1", "ping", "-q", "-i", "0.005"]
+        with subprocess.Popen([*talk, self.addresses[0]], stdout=subprocess.DEVNULL) as ping:
+            try:
+                yield ears
+            finally:
+                ping.terminate()
+                ears.close()
+
+    def do(self, kind: str, name: str, seconds: float, move: str) -> None:
         match kind:
+            case "abort":
+                run("migration", "abort", move)  # refused after the commit
             case "daemon":
                 self.kill_daemon(name)
             case "copy":
@@ -198,6 +232,34 @@ class Lab:
                 self.cut(name, seconds)
             case _:
                 raise AssertionError(kind)
+
+    @contextlib.contextmanager
+    def dead(self, host: str) -> Iterator[None]:
+        """`host` has no daemon and no link meanwhile; its VMs' processes are left alone."""
+        os.kill(int((self.folder / f"{host}.pid").read_text()), signal.SIGKILL)
+        self._link(host, up=False)
+        try:
+            yield
+        finally:
+            self._link(host, up=True)
+            labs.restart(topology(self.name, len(HOSTS)), host)
+            self.until_ready()
+
+    def knows(self, host: str, underlay: str) -> bool:
+        """Tell whether `host` would send a tenant's frames to `underlay`."""
+        done = subprocess.run(
+            ["bridge", "-n", f"ovl-{self.name}-{host}", "fdb"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return f"dst {underlay} " in done.stdout
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        deadline_s = time.monotonic() + SETTLE_LIMIT_S
+        while not holds():
+            assert time.monotonic() < deadline_s, "it does not come to be so"
+            time.sleep(0.1)
 
     def until_ready(self) -> None:
         """Return when every NVE is known to the NVA again."""
@@ -236,7 +298,7 @@ class Lab:
     def _violations(self, receipt: dict[str, Any], *, vm_lives: bool) -> list[str]:
         shown = ok("vm", "show", self.vm, "-o", "json")
         expected = receipt["new_nve"] if receipt["outcome"] == "moved" else receipt["old_nve"]
-        found = []
+        found = list(self.overlaps)
         if shown["host"] != expected:
             found.append(f"record says {shown['host']}, the outcome {expected}")
         running = self.running()

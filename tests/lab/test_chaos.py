@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab.chaos import HOSTS, Fault, Lab, ok, run
+from tests.lab.ears import overlaps
 
 pytestmark = [pytest.mark.root, pytest.mark.qemu, pytest.mark.timeout(240)]
 
@@ -70,6 +71,61 @@ def test_an_abort_in_precopy_leaves_the_vm_where_it_was(lab: Lab) -> None:
     assert (receipt["outcome"], receipt["old_nve"]) == ("aborted", old)
     assert verdict["total"]["lost"] == 0
     assert lab.violations(receipt) == []
+
+
+@pytest.mark.req("R-14")
+def test_the_vm_speaks_from_one_host_and_then_from_the_other(lab: Lab) -> None:
+    """By capture at both taps: the last frame from the old host is before the first of the new."""
+    old, new = lab.where(), lab.next_host()
+    with lab.listening() as ears:
+        lab.ended(lab.begin(new, "closed"))
+        sent = ears.sent()
+    assert {host for host, instants in sent.items() if instants} == {old, new}
+    assert overlaps(sent) == []
+    assert overlaps({old: sent[old], new: [sent[old][0], *sent[new]]}) != [], "it can be seen"
+
+
+@pytest.mark.req("E-01")
+@pytest.mark.req("R-14")
+@pytest.mark.parametrize("phase", ["planned", "precopy", "paused", "equal", "committed"])
+def test_an_abort_in_any_phase(lab: Lab, phase: str) -> None:
+    """Before the commit the VM stays; after it the abort is refused and the VM has moved."""
+    receipt = lab.break_a_move(phase, Fault("abort", "nva"))
+    assert lab.violations(receipt) == []
+    assert receipt["outcome"] == "moved" if phase == "committed" else True
+
+
+@pytest.mark.req("R-09")
+def test_two_vms_pass_each_other(lab: Lab) -> None:
+    """Moves in both directions at once, each with its own tunnel, gates and version."""
+    one = lab.where()
+    other = next(host for host in HOSTS if host != one)
+    second = Lab(lab.name, vm="db", number=6)
+    ok(
+        *("vm", "create", "db", "--host", other),
+        *("--network", f"blue,ipv4={second.addresses[0]},ipv6={second.addresses[1]}"),
+    )
+    moves = {
+        vm.vm: str(ok("vm", "migrate", vm.vm, "--to", to, "--no-wait")).strip()
+        for vm, to in ((lab, other), (second, one))
+    }
+    for vm in (lab, second):
+        receipt = vm.ended(moves[vm.vm])
+        assert receipt["outcome"] == "moved", receipt["reason"]
+        assert vm.violations(receipt) == []
+    ok("vm", "delete", "db")
+
+
+@pytest.mark.req("N-11")
+def test_what_a_dead_host_had_vanishes_from_the_others(lab: Lab) -> None:
+    """Its daemon is gone and its link is down; nobody has its address in his kernel any more."""
+    dead = next(host for host in HOSTS if host != lab.where())
+    number = HOSTS.index(dead) + 1
+    others = [host for host in HOSTS if host != dead]
+    assert all(lab.knows(host, f"10.200.0.{number}") for host in others)
+    with lab.dead(dead):
+        lab.until(lambda: not any(lab.knows(host, f"10.200.0.{number}") for host in others))
+    lab.until(lambda: lab.reachable() == {"p1", "p2", "p3"})
 
 
 @pytest.mark.parametrize("daemon", ["nva", "nve"])

@@ -23,6 +23,7 @@ from overland.dataplane.gate import PATH_FRAME
 from overland.dataplane.gates import Gates
 from overland.dataplane.handover import LinuxHandoverPath
 from overland.dataplane.hold import Injectors
+from overland.dataplane.reach import answers
 from overland.dataplane.tap import TapTable, read_frames, ring_empty, vnet_header_bytes
 from overland.model.names import hold_name, tunnel_name
 from overland.ports import KernelFailure, Tunnel
@@ -334,3 +335,14 @@ async def test_the_handover_looks_at_ethernet_only(bench: Bench, ethertype: int)
     fd = bench.taps.fd(PORT)
     skip = vnet_header_bytes(fd)
     assert [each[skip:] for each in read_frames(fd)] == [raw]
+
+
+@pytest.mark.req("N-11")
+@pytest.mark.parametrize(
+    ("address", "heard"), [("192.0.2.1", True), ("2001:db8::1", True), ("192.0.2.2", False)]
+)
+async def test_a_kernel_answers_without_any_daemon(
+    namespace: None, address: str, heard: bool
+) -> None:
+    """A refused connection is an answer; from behind the far end of the wire none comes."""
+    assert await answers(address) is heard

@@ -19,6 +19,7 @@ import uvicorn
 from overland.api.rest import create_app
 from overland.config import NvaConfig
 from overland.daemon import inside, run_first
+from overland.daemon.liveness import Liveness
 from overland.mobility import coordinator
 from overland.mobility.messages import (
     Activate,
@@ -58,6 +59,7 @@ VM_ORDER_LIMIT_S = 60.0
 REPAIR_LIMIT_S = 3.0
 NEGATIVE_100MS = 20
 MEMBERS_DELAY_S = 0.1
+HOST_ANSWER_LIMIT_S = 3.0
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +75,8 @@ class Domain:
         self.handovers = Handovers(self.authority, self._tell, self._move_changed)
         self._pushes = Pushes(time.time_ns())
         self._numbers = itertools.count(1)
-        self._answers: dict[int, asyncio.Future[str | None]] = {}
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._liveness = Liveness(self._others, self._ask, self._dead)
         self._leases: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._move_events: dict[str, asyncio.Condition] = {}
@@ -102,6 +105,7 @@ class Domain:
         )
         await self._api.serve(sockets=[api])
         self._wire.close()
+        self._liveness.close()
         for timer in self._leases.values():
             timer.cancel()
 
@@ -129,6 +133,7 @@ class Domain:
             self._is_complete()
         for network in {*self.authority.cluster.networks, *hello.known}:
             self._push(host, network, self._view(network), again=True)
+        self._liveness.connected(host)
         self.handovers.back(host)
         for move in hello.moves:
             self._settle(host, move)
@@ -181,6 +186,30 @@ class Domain:
         log.warning("NVE %s: lease ended", host)
         self.authority.host_lost(host)
         self.handovers.lost(host)
+        self._liveness.lost(host)
+
+    def _others(self, host: str) -> list[str]:
+        return sorted(self._wire.hosts() - {host})
+
+    async def _ask(self, asker: str, host: str) -> bool | None:
+        """Whether `asker` hears the kernel of `host`; None when it does not say."""
+        record = self.authority.cluster.hosts[host]
+        number = next(self._numbers)
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._answers[number] = answer
+        address = record.underlay_ipv4 or record.underlay_ipv6 or ""
+        self._wire.send(asker, w.HostQuestion(id=number, address=address))
+        try:
+            async with asyncio.timeout(HOST_ANSWER_LIMIT_S):
+                return await answer
+        except TimeoutError:
+            return None
+        finally:
+            self._answers.pop(number, None)
+
+    def _dead(self, host: str) -> None:
+        self.authority.host_dead(host)
+        self._networks_changed(frozenset(self.authority.cluster.networks))
 
     def heard(self, host: str, message: w.FromNve) -> None:
         match message:
@@ -190,22 +219,31 @@ class Domain:
                 if not self.handovers.report(report):
                     self._ended_report(host, report)
             case w.VmAnswer(id=number, failure=failure):
-                waiting = self._answers.pop(number, None)
-                if waiting is not None and not waiting.done():
-                    waiting.set_result(failure)
+                self._answered(number, failure)
             case w.VmReport(vm=name, state=state, reason=reason):
                 vm = self.authority.cluster.vms.get(name)
                 if vm is not None and vm.host == host:
                     self._later(self.authority.vm_state(name, state, reason))
-            case w.Resync(network=network):
-                self._pushes.void(host, network)
-                self._push(host, network, self._view(network))
-            case w.Query():
-                self._answer(host, message)
+            case w.HostAnswer(id=number, answers=answers):
+                self._answered(number, answers)
+            case w.Resync() | w.Query():
+                self._asked(host, message)
             case w.Unsupported(why=why):
                 log.warning("NVE %s does not understand: %s", host, why)
             case w.Hello():
                 pass
+
+    def _answered(self, number: int, result: Any) -> None:
+        waiting = self._answers.pop(number, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(result)
+
+    def _asked(self, host: str, message: w.Resync | w.Query) -> None:
+        if isinstance(message, w.Query):
+            self._answer(host, message)
+        else:
+            self._pushes.void(host, message.network)
+            self._push(host, message.network, self._view(message.network))
 
     def _answer(self, host: str, query: w.Query) -> None:
         for tsi in self.authority.cluster.tsis():

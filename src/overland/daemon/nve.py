@@ -21,6 +21,7 @@ from overland.dataplane.hold import Injectors
 from overland.dataplane.linux import LinuxKernel
 from overland.dataplane.nftables import Nftables
 from overland.dataplane.preflight import blockers, kernel_blockers, underlay_mtu
+from overland.dataplane.reach import answers
 from overland.dataplane.tap import TapTable
 from overland.hypervisor.qemu import QemuHypervisor
 from overland.mobility.messages import AnyOrder, AnyReport, PrepareNew, PrepareOld, PreparePeer
@@ -147,12 +148,17 @@ class Nve:
                 self._handovers.order(order)
             case w.VmOrder():
                 self._turns.put_nowait(message)
+            case w.HostQuestion(id=number, address=address):
+                self._later(self._look(number, address))
             case w.Unsupported(why=why):
                 log.warning("NVA does not understand: %s", why)
             case w.Welcome():
                 self._handovers.reconnected()
             case w.Answer():
                 pass
+
+    async def _look(self, number: int, address: str) -> None:
+        self._link.send(w.HostAnswer(id=number, answers=await answers(address)))
 
     def _later(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)

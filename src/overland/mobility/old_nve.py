@@ -137,7 +137,7 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             return part, _said(part)
         case "arming" | "armed" | "sending" | "stopping", Broken(effect=effect, why=why):
             return failed(part, effect, why)
-        case "armed" | "stopped" | "returned", Close():
+        case "arming" | "armed" | "stopped" | "returned", Close():
             return _close(part)
         case _:
             return part, ()

@@ -120,6 +120,12 @@ class Authority:
         if host is not None:
             self.cluster.hosts[name] = msgspec.structs.replace(host, ready=False)
 
+    def host_dead(self, name: str) -> None:
+        """Nobody hears the host any more: what it has is told to nobody until it is back."""
+        host = self.cluster.hosts.get(name)
+        if host is not None and not host.ready:
+            self.cluster.hosts[name] = msgspec.structs.replace(host, dead=True)
+
     # ------------------------------------------------------------ machines
 
     async def create_vm(self, wish: Vm) -> Vm:

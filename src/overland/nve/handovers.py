@@ -40,6 +40,11 @@ ENDED_KEPT = 1000
 
 log = logging.getLogger(__name__)
 
+_NOTHING_HERE: dict[type[m.Order], type[m.Closed | m.GivenBack | m.Restored]] = {
+    m.Close: m.Closed,
+    m.GiveBack: m.GivenBack,
+    m.Restore: m.Restored,
+}
 _BESIDE = (m.WatchTransfer, m.AwaitStop, m.AwaitCopy)
 _MACHINES = {"old": old_nve, "new": new_nve, "peer": peer_nve}
 
@@ -125,12 +130,10 @@ class Handovers:
                     self._say(m.Closed(move=order.move, nve=self._nve))
                 elif running is None:
                     self._begin(order)
-            case m.Close() if running is None:
-                self._say(m.Closed(move=order.move, nve=self._nve))
-            case m.GiveBack() if running is None:
-                self._say(m.GivenBack(move=order.move, nve=self._nve))
-            case m.Restore() if running is None:
-                self._say(m.Restored(move=order.move, nve=self._nve))
+            case m.Close() | m.GiveBack() | m.Restore() if running is None:
+                # Its prepare order may still wait for the kernel, and must not begin it any more.
+                self._ended.append(order.move)
+                self._say(_NOTHING_HERE[type(order)](move=order.move, nve=self._nve))
             case m.Activate() | m.Retire() if running is not None:
                 self._with_ticket(running, order)
             case _ if running is not None:

@@ -83,10 +83,8 @@ class SimHost:
     def order(self, order: m.AnyOrder) -> None:
         part = self.part
         if isinstance(order, m.PrepareNew | m.PrepareOld | m.PreparePeer):
-            if order.move in self.closed:
-                self.world.report(self, m.Closed(move=order.move, nve=self.name))
-            elif part is None or part.move != order.move:
-                self._begin(order)
+            # It waits until the kernel has what was pushed before it: other orders go past (HO-22).
+            self._later(self.world.short(), lambda: self._prepare(order))
             return
         if part is not None and part.move == order.move:
             self.event(order)
@@ -94,7 +92,14 @@ class SimHost:
         answers = {m.Close: m.Closed, m.GiveBack: m.GivenBack, m.Restore: m.Restored}
         answer = answers.get(type(order))
         if answer is not None:
+            self.closed.add(order.move)
             self.world.report(self, answer(move=order.move, nve=self.name))
+
+    def _prepare(self, order: m.PrepareNew | m.PrepareOld | m.PreparePeer) -> None:
+        if order.move in self.closed:
+            self.world.report(self, m.Closed(move=order.move, nve=self.name))
+        elif self.part is None or self.part.move != order.move:
+            self._begin(order)
 
     def _begin(self, order: m.PrepareNew | m.PrepareOld | m.PreparePeer) -> None:
         self._void()

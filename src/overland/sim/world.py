@@ -90,8 +90,12 @@ class World:
     # ------------------------------------------------------------ clock
 
     def later(self, seconds: float, work: Callable[[], None]) -> None:
+        self._at(self.now_s + seconds, work)
+
+    def _at(self, at_s: float, work: Callable[[], None]) -> None:
+        """What is due at the same instant is done in the order in which it was asked for."""
         self._count += 1
-        heapq.heappush(self._agenda, (self.now_s + seconds, self._count, work))
+        heapq.heappush(self._agenda, (at_s, self._count, work))
 
     def short(self) -> float:
         """A step's duration: mostly a millisecond, now and then far more."""
@@ -260,7 +264,7 @@ class World:
             if alive and link == host.link:
                 deliver()
 
-        self.later(due_s - self.now_s, arrive)
+        self._at(due_s, arrive)
         if self.plan.duplicate and self.random.random() < self.plan.duplicate:
             self.later(due_s - self.now_s + self.short(), arrive)
 
@@ -376,7 +380,7 @@ class World:
         due_s = max(self._arrivals.get((one, other), 0.0), self.now_s + 0.0001)
         due_s += 0.0002 * self.random.random()
         self._arrivals[one, other] = due_s
-        self.later(due_s - self.now_s, deliver)
+        self._at(due_s, deliver)
 
     def launch(self, sender: SimHost, frame: Frame) -> None:
         host = self.hosts[sender.table]

@@ -67,6 +67,13 @@ class VmAnswer(Message, frozen=True, kw_only=True, tag=True):
     failure: str | None = None
 
 
+class HostAnswer(Message, frozen=True, kw_only=True, tag=True):
+    """To a HostQuestion with the same `id`: does that host's kernel answer?"""
+
+    id: int
+    answers: bool
+
+
 class Resync(Message, frozen=True, kw_only=True, tag=True):
     """An update of VN `network` did not fit what is here: push the whole."""
 
@@ -134,6 +141,13 @@ class VmOrder(Message, frozen=True, kw_only=True, tag=True):
     vm: Vm
 
 
+class HostQuestion(Message, frozen=True, kw_only=True, tag=True):
+    """Does the kernel of the host at underlay `address` answer? (N-11) Answered by HostAnswer."""
+
+    id: int
+    address: str
+
+
 class Answer(Message, frozen=True, kw_only=True, tag=True):
     """To a Query. Without a mapping it is a negative answer (N-18) for `lifetime_100ms`.
 
@@ -151,8 +165,8 @@ class Unsupported(Message, frozen=True, kw_only=True, tag=True):
     why: str
 
 
-FromNve = Hello | Ack | VmReport | MoveReport | VmAnswer | Resync | Query | Unsupported
-FromNva = Welcome | VnPush | VnUpdate | MoveOrder | VmOrder | Answer | Unsupported
+FromNve = Hello | Ack | VmReport | MoveReport | VmAnswer | HostAnswer | Resync | Query | Unsupported
+FromNva = Welcome | VnPush | VnUpdate | MoveOrder | VmOrder | HostQuestion | Answer | Unsupported
 
 encode = msgspec.msgpack.Encoder().encode
 decode_from_nve = msgspec.msgpack.Decoder(FromNve).decode
