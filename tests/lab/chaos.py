@@ -211,7 +211,8 @@ class Lab:
     def listening(self) -> Iterator[Ears]:
         """Let the VM speak, by answering, and hear where it does."""
         hosts = {host: f"ovl-{self.name}-{host}" for host in HOSTS}
-        ears = Ears(hosts, port_name(self.vm, 0))
+        mac = ok("vm", "show", self.vm, "-o", "json")["interfaces"][0]["mac"]
+        ears = Ears(hosts, port_name(self.vm, 0), mac)
         talk = ["ip", "netns", "exec", f"ovl-{self.name}-e-p1", "ping", "-q", "-i", "0.005"]
         with subprocess.Popen([*talk, self.addresses[0]], stdout=subprocess.DEVNULL) as ping:
             try:

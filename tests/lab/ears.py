@@ -10,21 +10,22 @@ from itertools import pairwise
 
 from overland.daemon import inside
 
-_ETH_P_ALL, _SO_TIMESTAMPNS, _OUTGOING = 3, 35, 4
+_ETH_P_ALL, _SO_RCVBUFFORCE, _SO_TIMESTAMPNS, _OUTGOING = 3, 33, 35, 4
 
 
 class Ears:
-    """Hears all frames in each host's namespace; what the VM itself sent at `tap` is kept."""
+    """Hears all frames in each host's namespace; what VM `mac` itself sent at `tap` is kept."""
 
-    def __init__(self, namespaces: dict[str, str], tap: str) -> None:
-        self._tap = tap
+    def __init__(self, namespaces: dict[str, str], tap: str, mac: str) -> None:
+        self._taps = (tap, "")  # a tap that is gone by now has no name
+        self._mac = bytes.fromhex(mac.replace(":", ""))
         self._socks = {}
         for host, namespace in namespaces.items():
             with inside(f"/run/netns/{namespace}"):
                 # Not bound to a device: the tap of the new host is not there yet.
                 kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK
                 sock = socket.socket(socket.AF_PACKET, kind, socket.htons(_ETH_P_ALL))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 26)
+            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 26)
             sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
             self._socks[host] = sock
 
@@ -35,8 +36,9 @@ class Ears:
     def _instants(self, sock: socket.socket) -> Iterator[int]:
         with contextlib.suppress(BlockingIOError):
             while True:
-                _, ancillary, _, address = sock.recvmsg(64, 64)
-                if address[0] == self._tap and address[2] != _OUTGOING:
+                frame, ancillary, _, address = sock.recvmsg(64, 64)
+                comes_in = address[0] in self._taps and address[2] != _OUTGOING
+                if comes_in and frame[6:12] == self._mac:
                     seconds, nanoseconds = struct.unpack("qq", ancillary[0][2])
                     yield seconds * 10**9 + nanoseconds
 
