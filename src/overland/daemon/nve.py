@@ -183,6 +183,8 @@ class Nve:
             else:
                 self._vns[push.network] = pushed
             await self._adopt_all(pushed)
+            if pushed is not None:
+                await self._handovers.turned({each.mac: each.version for each in pushed.remotes})
             intent = NveIntent(vns=tuple(self._vns[name] for name in sorted(self._vns)))
             try:
                 failures = tuple(failure.why for failure in await self._agent.want(intent))

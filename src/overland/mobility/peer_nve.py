@@ -3,7 +3,8 @@
     arming -> armed --Steer--> active --Close--> closing -> closed
 
 It never learns of a commit here: the committed mapping comes by the NVA's push like any other, and
-that push, acknowledged, is what ends the tunnel. Steering early only spares the detour.
+that push, acknowledged, is what ends the tunnel. But before it may take effect the part must have
+turned, in order, behind its marker (HO-28): who has not been told to by then is `behind`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from overland.mobility.messages import (
     Closed,
     Do,
     Done,
-    Failed,
     Forget,
     NveEvent,
     Prepared,
@@ -38,6 +38,12 @@ def begin(part: Part) -> PartStep:
     return to(part, "arming", Forget(), ArmPeers(), ProvePath(to="new"))
 
 
+def behind(part: Part) -> bool:
+    """Tell whether a committed mapping must wait for this part's turn to the new NVE."""
+    turning = part.stage in ("arming", "armed", "active")
+    return part.role == "peer" and turning and not part.steered_ns and part.failure is None
+
+
 def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per transition
     """Return the next part and the effects wanted; an event out of place changes nothing."""
     match part.stage, event:
@@ -49,13 +55,13 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             part = msgspec.structs.replace(part, stage="armed")
             return part, _said(part)
         case "armed" | "active", Steer(back=back):
-            part = msgspec.structs.replace(part, turned=back, steered_ns=0)
+            part = msgspec.structs.replace(part, turned=back, steered_ns=0, failure=None)
             return to(part, "active", SteerHere(back=back, local=False))
         case "active", Broken(effect="SteerHere", back=back) if back != part.turned:
             # The turn that was ordered since stood behind it, and went with it.
             return part, (SteerHere(back=part.turned, local=False),)
         case "active", Broken(effect="ArmPeers", why=why):
-            return part, (Say(report=Failed(move=part.move, nve=part.nve, step="steer", why=why)),)
+            return failed(part, "steer", why)
         case "active", Done(effect="SteerHere", number=at_ns, back=back) if back == part.turned:
             part = msgspec.structs.replace(part, steered_ns=at_ns)
             return part, _said(part)
@@ -65,7 +71,8 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             # What could not be removed is swept when the daemon starts again.
             return to(part, "closed", Say(report=Closed(move=part.move, nve=part.nve)))
         case "active", Broken(effect="SteerHere", why=why):
-            return part, (Say(report=Failed(move=part.move, nve=part.nve, step="steer", why=why)),)
+            # It has turned all the same; only the proof of order is missing.
+            return failed(part, "steer", why)
         case "arming", Broken(effect=effect, why=why):
             return failed(part, effect, why)
         case "arming" | "armed" | "active", Close():
@@ -85,7 +92,7 @@ def _said(part: Part) -> tuple[Do, ...]:
         case "active" if part.steered_ns:
             steered = Steered(move=part.move, nve=part.nve, at_ns=part.steered_ns)
             return (Say(report=steered),)
-        case "arming":
+        case "arming" | "active":
             return failure_of(part)
         case _:
             return ()

@@ -31,6 +31,7 @@ WATCH_S = 0.01
 """How often a running transfer is looked at."""
 
 STEER_LIMIT_S = 3.0
+TURN_LIMIT_S = 5.0
 PROBE_LIMIT_S = 3.0
 PLUG_LIMIT_S = 3.0
 COPY_LIMIT_S = 3600.0
@@ -141,6 +142,12 @@ class Handovers:
             case _:
                 why = "this NVE has no part in the move"
                 self._say(m.Failed(move=order.move, nve=self._nve, step="order", why=why))
+
+    async def turned(self, versions: dict[str, int]) -> None:
+        """Wait until no part of a peer is behind the mappings `versions` (by MAC), HO-28."""
+        for running in list(self._running.values()):
+            if running.behind(versions):
+                await running.turn()
 
     def _with_ticket(self, running: _Running, order: m.Activate | m.Retire) -> None:
         """A copy runs, or ends, with the NVA's ticket for this very move only (HO-27)."""
@@ -259,6 +266,23 @@ class _Running:
         self._queue: deque[m.Do] = deque()
         self._worker: asyncio.Task[None] | None = None
         self._beside: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+
+    def behind(self, versions: dict[str, int]) -> bool:
+        newer = any(versions.get(port.mac, 0) > self.base_version for port in self.part.ports)
+        return newer and peer_nve.behind(self.part)
+
+    async def turn(self) -> None:
+        """Steer now, as soon as it can, and return when that is done."""
+        try:
+            async with asyncio.timeout(TURN_LIMIT_S):
+                while peer_nve.behind(self.part):
+                    self._changed.clear()
+                    if self.part.stage == "armed":
+                        self.event(m.Steer(move=self.part.move))
+                    await self._changed.wait()
+        except TimeoutError:
+            log.warning("move %s: not turned within %g s", self.part.move, TURN_LIMIT_S)
 
     def event(self, event: m.NveEvent) -> None:
         step = _MACHINES[self.part.role].step(self.part, event)
@@ -276,6 +300,7 @@ class _Running:
     def take(self, step: PartStep) -> None:
         before = self.part
         self.part, effects = step
+        self._changed.set()
         if _lasting(self.part) != _lasting(before) or self.part.stage == "arming":
             self._owner._keep(self)  # noqa: SLF001 - one class in two
         for effect in effects:

@@ -62,6 +62,7 @@ class SimHost:
         self.held: deque[Frame] | None = None
         self.sent = 0
         self.finishing = False
+        self.base_version = 0
         self.unsent: list[m.AnyReport] = []
         self.closed: set[str] = set()
 
@@ -108,7 +109,7 @@ class SimHost:
         if not isinstance(order, m.PreparePeer):
             role, vm = ("new" if isinstance(order, m.PrepareNew) else "old"), order.vm
         part = Part(move=order.move, nve=self.name, role=role, vm=vm, ports=order.ports)
-        self.part = part
+        self.part, self.base_version = part, order.version
         self._take(MACHINES[role].begin(part))
 
     def event(self, event: m.NveEvent) -> None:
@@ -137,6 +138,15 @@ class SimHost:
             self._void()
             self._later(self.world.short(), self.reconcile)
         self._next()
+
+    def turns_first(self, version: int) -> bool:
+        """A peer turns behind its marker before a committed mapping takes effect (HO-28)."""
+        part = self.part
+        if part is None or version <= self.base_version or not peer_nve.behind(part):
+            return False
+        if part.stage == "armed":
+            self.event(m.Steer(move=part.move))
+        return True
 
     def reconcile(self) -> None:
         """The agent's round: forwarding as it was last pushed, but for what a move has."""

@@ -212,6 +212,9 @@ class World:
 
         def applied() -> None:
             if host.alive and version >= self.version:
+                if host.turns_first(version):
+                    self.later(0.001, applied)
+                    return
                 host.known = place
                 host.reconcile()
                 self._wire(host, "up", lambda: self._acknowledged(host.name, version))
