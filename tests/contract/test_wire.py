@@ -14,7 +14,7 @@ import pytest
 
 from overland.config import NvaConfig, Tls
 from overland.daemon.nva import Domain
-from overland.model.cluster import Endpoint, Host, Interface, Network
+from overland.model.cluster import Endpoint, Host, Interface, Network, Vm
 from overland.wire import messages as w
 from overland.wire import tls
 from overland.wire.client import WireClient
@@ -26,21 +26,22 @@ LIMIT_S = 10.0
 class Nve:
     """An NVE as the NVA sees one: a certificate, a Hello, and what it hears."""
 
-    def __init__(self, folder: Path, url: str, name: str, certificate: str = "") -> None:
+    def __init__(self, folder: Path, urls: list[str], name: str, certificate: str = "") -> None:
         self.host = Host(name=name, underlay_ipv4=f"192.0.2.{name[1:]}", underlay_mtu=9000)
         self.known: dict[str, int] = {}
-        self._url = url
+        self.vms: dict[str, str] = {}
+        self._url = urls[-1]
         self._heard: asyncio.Queue[w.FromNva] = asyncio.Queue()
         pair = certificate or name
         context = tls.context(
             folder / "ca.crt", folder / f"{pair}.crt", folder / f"{pair}.key", server=False
         )
-        self._link = WireClient([url], context, self._hello, self._heard.put_nowait)
+        self._link = WireClient(urls, context, self._hello, self._heard.put_nowait)
         self._task: asyncio.Task[None] | None = None
         self.say = self._link.send
 
     def _hello(self) -> w.Hello:
-        return w.Hello(protocol=w.PROTOCOL, host=self.host, known=self.known, vms={})
+        return w.Hello(protocol=w.PROTOCOL, host=self.host, known=self.known, vms=self.vms)
 
     def connect(self) -> None:
         self._task = asyncio.create_task(self._link.run())
@@ -83,8 +84,10 @@ class World:
         self._url = url
         self._nves: list[Nve] = []
 
-    def nve(self, name: str, certificate: str = "") -> Nve:
-        nve = Nve(self._folder, self._url, name, certificate)
+    def nve(self, name: str, certificate: str = "", before: str = "") -> Nve:
+        """`before` is an address of the NVA that is tried first."""
+        urls = [before, self._url] if before else [self._url]
+        nve = Nve(self._folder, urls, name, certificate)
         self._nves.append(nve)
         return nve
 
@@ -301,3 +304,27 @@ async def test_a_host_that_never_answered_is_not_dead_because_it_is_silent(
     for _ in range(10):
         await question(two, answers=False)
     assert not world.domain.authority.cluster.hosts["h1"].dead
+
+
+@pytest.mark.req("E-02")
+@pytest.mark.req("R-14")
+async def test_who_has_a_copy_that_the_record_denies_is_told_to_stop_it(world: World) -> None:
+    """Two places for one VM: the NVA's record decides, not who speaks last."""
+    face = Interface(network="blue", mac="02:00:00:00:00:09")
+    web = Vm(name="web", host="h1", state="running", interfaces=(face,), version=4)
+    world.domain.authority.cluster.vms["web"] = web
+    one, two = world.nve("h1"), world.nve("h2")
+    one.vms = two.vms = {"web": "running"}
+    one.connect()
+    await one.hears(w.Welcome)
+    two.connect()
+    order = await two.hears(w.VmOrder)
+    assert (order.action, order.vm.name) == ("stop", "web")
+    assert world.domain.authority.cluster.vms["web"].host == "h1"
+
+
+@pytest.mark.req("N-09")
+async def test_an_nve_goes_on_to_the_next_address_of_its_nva(world: World) -> None:
+    one = world.nve("h1", before=f"wss://127.0.0.1:{_free_port()}/")
+    one.connect()
+    await one.hears(w.Welcome)

@@ -8,11 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from overland.lab.topology import LABS
 
 OVERLAND = str(Path(sys.executable).parent / "overland")
 LAB = "ovtest"
@@ -184,6 +188,43 @@ def wait_for(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
+
+
+@pytest.mark.req("R-14")
+def test_the_right_to_write_a_shared_disk_goes_with_the_vm(lab: None, tmp_path: Path) -> None:
+    """Its lock is held where the VM runs, from start to stop, and by nobody else (6-11)."""
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(bytes(1 << 20))
+    create = ("vm", "create", "--network", "blue", "--image", str(disk))
+    ok(*create, "writer", "--host", "h1")
+
+    def second_writer(host: str) -> str:
+        done = run(*create, "second", "--host", host)
+        assert done.returncode == 1
+        return done.stderr
+
+    assert "another process using the image" in second_writer("h2")
+    receipt = ok("vm", "migrate", "writer", "--to", "h2", "-o", "json")
+    assert receipt["outcome"] == "moved"
+    assert "another process using the image" in second_writer("h1")
+    ok("vm", "delete", "writer")
+    ok(*create, "second", "--host", "h1")
+    ok("vm", "delete", "second")
+
+
+@pytest.mark.req("R-10")
+@pytest.mark.parametrize("mode", ["standby", "replicate", "warm", "cold"])
+def test_a_mode_that_is_not_built_is_refused_by_name(lab: None, mode: str) -> None:
+    """R-10: a standby copy is no mode of moving; the others are not built yet."""
+    body = json.dumps({"to": "h2", "mode": mode}).encode()
+    api = json.loads((LABS / LAB / "state.json").read_text())["api"]
+    request = urllib.request.Request(
+        f"{api}/v1/vms/web/migrate", body, {"content-type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request)
+    assert refused.value.code == 409
+    assert mode in json.loads(refused.value.read())["detail"]
 
 
 def test_memory_is_the_same_at_equality(lab: None) -> None:

@@ -62,6 +62,6 @@ def _boot(vm: Vm) -> list[str]:
         initrd = ["-initrd", boot.initrd] if boot.initrd else []
         return ["-kernel", boot.kernel, *initrd, "-append", boot.append]
     if boot.image:
-        drive = f"if=none,id=disk0,file={boot.image},file.locking=off"
+        drive = f"if=none,id=disk0,file={boot.image},file.locking=on"
         return ["-drive", drive, "-device", "virtio-blk-pci,drive=disk0,addr=0x8"]
     return []
