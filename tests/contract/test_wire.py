@@ -75,14 +75,40 @@ class Nve:
         return message.revision
 
 
+class Nva:
+    """A running NVA."""
+
+    def __init__(self, config: NvaConfig) -> None:
+        self.config = config
+        self.domain = Domain(config)
+        self._task = asyncio.create_task(self.domain.run())
+
+    async def end(self) -> None:
+        self.domain.stop()
+        await self._task
+
+
 class World:
     """A domain with hosts h1 to h3 and network blue."""
 
-    def __init__(self, folder: Path, domain: Domain, url: str) -> None:
+    def __init__(self, folder: Path, nva: Nva) -> None:
         self._folder = folder
-        self.domain = domain
-        self._url = url
+        self._running_nva = nva
+        self.domain = nva.domain
+        self._url = f"wss://127.0.0.1:{nva.config.wire_port}/"
         self._nves: list[Nve] = []
+
+    async def restarted(self) -> Domain:
+        """End the NVA and start another on its store."""
+        await self._running_nva.end()
+        self._running_nva = Nva(self._running_nva.config)
+        self.domain = self._running_nva.domain
+        return self.domain
+
+    async def close(self) -> None:
+        for nve in self._nves:
+            await nve.leave()
+        await self._running_nva.end()
 
     def nve(self, name: str, certificate: str = "", before: str = "") -> Nve:
         """`before` is an address of the NVA that is tried first."""
@@ -98,10 +124,6 @@ class World:
         await self.domain.authority.create_endpoint(
             Endpoint(name=name, host=host, namespace=name, interface=face)
         )
-
-    async def close(self) -> None:
-        for nve in self._nves:
-            await nve.leave()
 
 
 @pytest.fixture
@@ -123,15 +145,11 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
             key=str(tmp_path / "nva.key"),
         ),
     )
-    domain = Domain(config)
-    running = asyncio.create_task(domain.run())
-    world = World(tmp_path, domain, f"wss://127.0.0.1:{wire}/")
+    world = World(tmp_path, Nva(config))
     try:
         yield world
     finally:
         await world.close()
-        domain.stop()
-        await running
 
 
 def _free_port() -> int:
@@ -304,6 +322,22 @@ async def test_a_host_that_never_answered_is_not_dead_because_it_is_silent(
     for _ in range(10):
         await question(two, answers=False)
     assert not world.domain.authority.cluster.hosts["h1"].dead
+
+
+@pytest.mark.req("N-21")
+async def test_a_restarted_nva_knows_where_tenants_of_an_absent_nve_are(world: World) -> None:
+    """Its daemon is away, its kernel forwards: others keep its mappings."""
+    one, two = await begin(world)
+    await two.leave()
+    await one.leave()
+    heir = await world.restarted()
+    one.known = {}
+    one.connect()
+    push = await one.hears(w.VnPush)
+    assert push.intent is not None
+    assert push.intent.members == ("192.0.2.2",)
+    assert [each.ipv4 for each in push.intent.remotes] == ["10.0.0.2"]
+    assert not heir.authority.cluster.hosts["h2"].ready
 
 
 @pytest.mark.req("E-02")

@@ -145,9 +145,23 @@ def test_a_fenced_peer_is_not_waited_for_and_is_named() -> None:
     record = in_phase("converging")
     for nve in (OLD, NEW):
         record, _ = step(record, m.Acknowledged(nve=nve, at_ns=60), 0.0, 1)
-    record, _ = step(record, m.Lost(nve=PEER), 0.0, 1)
+    record, _ = step(record, m.Lost(nve=PEER, dead=True), 0.0, 1)
     assert record.phase == "drained"
     assert record.close_reason == f"all peers acknowledged; fenced: {PEER}"
+
+
+@pytest.mark.req("R-42")
+def test_a_peer_that_is_only_away_keeps_the_tunnel_open() -> None:
+    """6-2: its kernel forwards as it was told last, so its tenants still use the tunnel."""
+    record = in_phase("converging")
+    for nve in (OLD, NEW):
+        record, _ = step(record, m.Acknowledged(nve=nve, at_ns=60), 0.0, 1)
+    record, _ = step(record, m.Lost(nve=PEER), 0.0, 1)
+    assert (record.phase, record.fenced) == ("converging", ())
+    assert "tunnel stays open" in (record.reason or "")
+    record, _ = step(record, m.Acknowledged(nve=PEER, at_ns=60), 0.0, 1)
+    assert record.phase == "drained"
+    assert record.close_reason == "all peers acknowledged"
 
 
 def test_a_fenced_peer_that_comes_back_while_others_close_is_told_to_close() -> None:
@@ -155,7 +169,7 @@ def test_a_fenced_peer_that_comes_back_while_others_close_is_told_to_close() -> 
     record = in_phase("converging")
     for nve in (OLD, NEW):
         record, _ = step(record, m.Acknowledged(nve=nve, at_ns=60), 0.0, 1)
-    record, _ = step(record, m.Lost(nve=PEER), 0.0, 1)
+    record, _ = step(record, m.Lost(nve=PEER, dead=True), 0.0, 1)
     record, _ = step(record, m.Tick(), LATE_S, 1)
     record, effects = step(record, m.Back(nve=PEER), LATE_S, 1)
     assert effects == (m.Tell(nve=PEER, order=m.Close(move="m1")),)

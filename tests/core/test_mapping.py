@@ -11,7 +11,7 @@ from overland.model.cluster import Endpoint, Host, Interface, Network, Vm, VmSta
 from overland.model.nve import VnChange, changed
 from overland.nva.cluster import Cluster
 from overland.nva.mapping import VnView
-from overland.nva.rules import action_refused, network_blockers
+from overland.nva.rules import action_refused, move_blockers, network_blockers
 
 BLUE = Network(name="blue", vni=42, ipv4="10.0.0.0/24", ipv6="fd00::/64")
 RED = Network(name="red", vni=43, underlay="ipv6")
@@ -146,3 +146,21 @@ def test_host_routes_are_refused_and_not_half_there(kind: str) -> None:
     """R-08: until L3 networks are built, asking for one is refused by name."""
     wish = Network(name="routed", vni=50, kind=kind)  # type: ignore[arg-type]
     assert "unsupported_kind" in {each.code for each in network_blockers(cluster(), wish)}
+
+
+@pytest.mark.req("R-42")
+def test_no_move_begins_while_a_peer_cannot_be_told() -> None:
+    """Its tenants would send to the old host with the tunnel gone; a dead host sends nothing."""
+    now = cluster()
+    now.hosts["h4"] = msgspec.structs.replace(now.hosts["h3"], name="h4")
+
+    def codes() -> set[str]:
+        return {each.code for each in move_blockers(now, "web", "h4")}
+
+    assert "peer_not_ready" not in codes()
+    now.hosts["h2"] = msgspec.structs.replace(now.hosts["h2"], ready=False)
+    assert "peer_not_ready" in codes()
+    now.hosts["h2"] = msgspec.structs.replace(now.hosts["h2"], dead=True)
+    assert "peer_not_ready" not in codes()
+    now.hosts["h3"] = msgspec.structs.replace(now.hosts["h3"], ready=False)
+    assert "peer_not_ready" not in codes(), "h3 has nothing in the VM's network"

@@ -22,26 +22,33 @@ log = logging.getLogger(__name__)
 
 
 class Liveness:
-    """`others(host)` names NVEs to ask, `ask(asker, host)` lets one look: None when it is away."""
+    """`others(host)` names NVEs to ask, `ask(asker, host)` lets one look: None when it is away.
+
+    `found(host, fact)` hears that a host `answers`, or is `dead`.
+    """
 
     def __init__(
         self,
         others: Callable[[str], list[str]],
         ask: Callable[[str, str], Awaitable[bool | None]],
-        dead: Callable[[str], None],
+        found: Callable[[str, str], None],
     ) -> None:
         self._others = others
         self._ask = ask
-        self._dead = dead
+        self._found = found
         self._answered: set[str] = set()
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    def connected(self, host: str) -> None:
-        """The NVE is there: learn whether its host answers such questions at all."""
+    def connected(self, host: str, *, answers: bool) -> None:
+        """The NVE is there: learn whether its host answers such questions, if it is not known."""
+        if answers:
+            self._answered.add(host)
         self._begin(host, self._learn(host))
 
-    def lost(self, host: str) -> None:
+    def lost(self, host: str, *, answers: bool) -> None:
         """Its lease has ended."""
+        if answers:
+            self._answered.add(host)
         self._begin(host, self._until_known(host))
 
     def close(self) -> None:
@@ -58,6 +65,7 @@ class Liveness:
         while host not in self._answered:
             if await self._heard(host):
                 self._answered.add(host)
+                self._found(host, "answers")
             await asyncio.sleep(AGAIN_S)
 
     async def _until_known(self, host: str) -> None:
@@ -65,7 +73,7 @@ class Liveness:
             heard = await self._heard(host)
             if heard is False and host in self._answered:
                 log.warning("host %s is dead: its mappings are withdrawn", host)
-                self._dead(host)
+                self._found(host, "dead")
                 return
             if heard:
                 log.warning("NVE %s is away, its host lives: its mappings stay", host)

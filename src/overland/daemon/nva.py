@@ -76,7 +76,7 @@ class Domain:
         self._pushes = Pushes(time.time_ns())
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Any]] = {}
-        self._liveness = Liveness(self._others, self._ask, self._dead)
+        self._liveness = Liveness(self._others, self._ask, self._found)
         self._leases: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._move_events: dict[str, asyncio.Condition] = {}
@@ -98,7 +98,7 @@ class Domain:
         except OSError as error:
             at = f"{config.wire_address}:{config.wire_port}"
             raise PortFailure(f"cannot listen on {at}: {error.strerror}") from None
-        asyncio.get_running_loop().call_later(config.lease_s, self._is_complete)
+        asyncio.get_running_loop().call_later(config.lease_s, self._first_lease_ended)
         await self.handovers.recover()
         self._api = uvicorn.Server(
             uvicorn.Config(create_app(self), log_level="warning", lifespan="off")
@@ -133,7 +133,9 @@ class Domain:
             self._is_complete()
         for network in {*self.authority.cluster.networks, *hello.known}:
             self._push(host, network, self._view(network), again=True)
-        self._liveness.connected(host)
+        answers = self.authority.cluster.hosts[host].answers
+        self._liveness.connected(host, answers=answers)
+        self._later(self.authority.keep_host(host))
         self.handovers.back(host)
         for move in hello.moves:
             self._settle(host, move)
@@ -152,6 +154,12 @@ class Domain:
         if not self._complete:
             self._complete = True
             self._networks_changed(frozenset(self.authority.cluster.networks))
+
+    def _first_lease_ended(self) -> None:
+        """Whoever was there before the restart and has not come back by now is away."""
+        self._is_complete()
+        for host in self.authority.cluster.hosts.keys() - self._wire.hosts():
+            self._lease_ended(host)
 
     def _settle(self, host: str, move_id: str) -> None:
         """An NVE still has a part in a move that has ended: tell it how (HO-21)."""
@@ -184,9 +192,10 @@ class Domain:
 
     def _lease_ended(self, host: str) -> None:
         log.warning("NVE %s: lease ended", host)
-        self.authority.host_lost(host)
-        self.handovers.lost(host)
-        self._liveness.lost(host)
+        self.authority.host_changed(host, ready=False)
+        self.handovers.lost(host, dead=False)
+        answers = self.authority.cluster.hosts[host].answers
+        self._liveness.lost(host, answers=answers)
 
     def _others(self, host: str) -> list[str]:
         return sorted(self._wire.hosts() - {host})
@@ -207,9 +216,13 @@ class Domain:
         finally:
             self._answers.pop(number, None)
 
-    def _dead(self, host: str) -> None:
-        self.authority.host_dead(host)
-        self._networks_changed(frozenset(self.authority.cluster.networks))
+    def _found(self, host: str, fact: str) -> None:
+        """What others say of a host: that it `answers`, or is `dead`."""
+        self.authority.host_changed(host, **{fact: True})
+        self._later(self.authority.keep_host(host))
+        if fact == "dead":
+            self.handovers.lost(host, dead=True)
+            self._networks_changed(frozenset(self.authority.cluster.networks))
 
     def heard(self, host: str, message: w.FromNve) -> None:
         match message:

@@ -289,8 +289,8 @@ def _failing(
             return _abort(record, why, now_s, now_ns)
         case CommitRefused(why=why):
             return _abort(record, why, now_s, now_ns) if record.phase == "equal" else (record, ())
-        case Lost(nve=nve):
-            return _lost(record, nve, now_s, now_ns)
+        case Lost(nve=nve, dead=dead):
+            return _lost(record, nve, now_s, now_ns, dead=dead)
         case _:
             assert_never(event)
 
@@ -577,10 +577,16 @@ def _close(record: Handover, now_s: float) -> Step:
     return record, _close_orders(record)
 
 
-def _lost(record: Handover, nve: str, now_s: float, now_ns: int) -> Step:
-    """A dead NVE is fenced: nobody waits for it, and a move that needs it goes back."""
+def _lost(record: Handover, nve: str, now_s: float, now_ns: int, *, dead: bool) -> Step:
+    """A dead NVE is fenced: nobody waits for it. A move that needs one that is away goes back.
+
+    After the commit one that is only away keeps the tunnel open (6-2): its tenants still use it.
+    """
     if nve not in involved(record) or nve in record.fenced:
         return record, ()
+    if committed(record.phase) and not record.closing and not dead:
+        away = f"{nve} is away: the tunnel stays open until its NVE is back"
+        return msgspec.structs.replace(record, reason=away), ()
     record = msgspec.structs.replace(record, fenced=(*record.fenced, nve))
     if record.phase == "converging":
         return _converge(record, now_s, now_ns)

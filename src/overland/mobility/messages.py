@@ -235,9 +235,13 @@ class Back(Record, frozen=True, kw_only=True, tag=True):
 
 
 class Lost(Record, frozen=True, kw_only=True, tag=True):
-    """NVE `nve` is declared dead: its lease ran out, its mappings are gone."""
+    """The lease of NVE `nve` has ended; `dead`: its host does not answer anybody either.
+
+    Where a host lives its kernel forwards as it was told last: after the commit it is waited for.
+    """
 
     nve: str
+    dead: bool = False
 
 
 class Abort(Record, frozen=True, kw_only=True, tag=True):

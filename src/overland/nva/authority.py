@@ -21,8 +21,8 @@ from overland.nva.cluster import Cluster
 from overland.nva.mapping import underlay_address
 from overland.ports import Conflict, Delete, Expect, Put, Store, StoreFailure
 
-Kept = Network | Vm | Endpoint | Handover
-T = TypeVar("T", Network, Vm, Endpoint, Handover)
+Kept = Network | Host | Vm | Endpoint | Handover
+T = TypeVar("T", Network, Host, Vm, Endpoint, Handover)
 
 
 class Blocked(Exception):
@@ -49,10 +49,12 @@ class Authority:
         self._lock = asyncio.Lock()
         self.cluster = Cluster()
         self.ended_moves: dict[str, Handover] = {}
+        self._kept_hosts: dict[str, Host] = {}
 
     async def load(self) -> None:
         """Read everything; StoreFailure when a record cannot be understood."""
         await self._load("network/", Network, self.cluster.networks)
+        await self._load("host/", Host, self.cluster.hosts)
         await self._load("vm/", Vm, self.cluster.vms)
         await self._load("endpoint/", Endpoint, self.cluster.endpoints)
         moves: dict[str, Handover] = {}
@@ -103,8 +105,9 @@ class Authority:
     def host_seen(self, host: Host) -> bool:
         """An NVE holds its lease and says this of its host; tells whether that moves mappings."""
         before = self.cluster.hosts.get(host.name)
-        drained = before.drained if before else False
-        self.cluster.hosts[host.name] = msgspec.structs.replace(host, ready=True, drained=drained)
+        if before is not None:
+            host = msgspec.structs.replace(host, drained=before.drained, answers=before.answers)
+        self.cluster.hosts[host.name] = msgspec.structs.replace(host, ready=True)
         return (
             before is None
             or before.dead
@@ -115,16 +118,22 @@ class Authority:
             )
         )
 
-    def host_lost(self, name: str) -> None:
+    def host_changed(self, name: str, **facts: bool) -> None:
+        """Note what was found out about host `name` since; content with absence."""
         host = self.cluster.hosts.get(name)
         if host is not None:
-            self.cluster.hosts[name] = msgspec.structs.replace(host, ready=False)
+            self.cluster.hosts[name] = msgspec.structs.replace(host, **facts)
 
-    def host_dead(self, name: str) -> None:
-        """Nobody hears the host any more: what it has is told to nobody until it is back."""
-        host = self.cluster.hosts.get(name)
-        if host is not None and not host.ready:
-            self.cluster.hosts[name] = msgspec.structs.replace(host, dead=True)
+    async def keep_host(self, name: str) -> None:
+        """Write what is known of host `name`, so that a restarted NVA knows where its tenants are.
+
+        Not whether its NVE is there: that is found out anew.
+        """
+        async with self._lock:
+            host = msgspec.structs.replace(self.cluster.hosts[name], ready=False)
+            if self._kept_hosts.get(name) != host:
+                await self._write({f"host/{name}": host})
+                self._kept_hosts[name] = host
 
     # ------------------------------------------------------------ machines
 
@@ -254,7 +263,7 @@ class Authority:
                 sorted(
                     name
                     for name in places - {vm.host, to}
-                    if name in self.cluster.hosts and self.cluster.hosts[name].ready
+                    if name in self.cluster.hosts and not self.cluster.hosts[name].dead
                 )
             ),
             ports=ports,

@@ -85,9 +85,10 @@ class Handovers:
             if record.vm.name == vm and record.commit_ns and version >= record.version:
                 move.post(m.Acknowledged(nve=nve, at_ns=time.time_ns()))
 
-    def lost(self, nve: str) -> None:
+    def lost(self, nve: str, *, dead: bool) -> None:
+        """The lease of NVE `nve` has ended; `dead`: nobody hears its host either."""
         for move in self._open.values():
-            move.post(m.Lost(nve=nve))
+            move.post(m.Lost(nve=nve, dead=dead))
 
     def back(self, nve: str) -> None:
         """NVE `nve` is connected (again)."""

@@ -256,11 +256,22 @@ def move_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
     if vm.state != "running" and vm.move is None:
         why = f"it is {vm.state}; a hot move needs a running VM"
         yield _no("not_running", what, why, f"`overland vm start {name}`")
+    yield from _deaf_peers(cluster, vm, to)
     host = cluster.hosts.get(to)
     if host is not None and vm.host != to:
         yield from _fits(cluster, host, vm)
         yield from _reach(cluster, host, vm.interfaces)
         yield from _compatible(cluster.hosts.get(vm.host), host, vm)
+
+
+def _deaf_peers(cluster: Cluster, vm: Vm, to: str) -> Iterator[Refused]:
+    """Hosts whose tenants would go on sending to the old host: nobody can tell their NVE."""
+    places = set().union(*(cluster.places(each.network) for each in vm.interfaces))
+    for name in sorted(places - {vm.host, to}):
+        host = cluster.hosts.get(name)
+        if host is not None and not host.ready and not host.dead:
+            why = "it has tenants in the VM's network, and its NVE does not answer"
+            yield _no("peer_not_ready", f"host {name}", why, "start its NVE daemon")
 
 
 def _compatible(old: Host | None, new: Host, vm: Vm) -> Iterator[Refused]:

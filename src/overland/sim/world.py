@@ -282,7 +282,7 @@ class World:
 
     def _lease_ended(self, host: SimHost, link: int) -> None:
         if not host.connected and host.link == link:
-            self._step(m.Lost(nve=host.name))
+            self._step(m.Lost(nve=host.name, dead=self.random.random() < 0.5))
 
     def _reconnect(self, host: SimHost) -> None:
         if host.connected:
