@@ -212,6 +212,22 @@ def test_the_right_to_write_a_shared_disk_goes_with_the_vm(lab: None, tmp_path: 
     ok("vm", "delete", "second")
 
 
+def test_a_host_is_emptied_and_stays_so_until_it_is_undrained(lab: None) -> None:
+    old = ok("vm", "show", "web", "-o", "json")["host"]
+    (planned,) = ok("host", "drain", old, "--dry-run", "-o", "json")
+    assert (planned["vm"], ok("vm", "show", "web", "-o", "json")["host"]) == ("web", old)
+    (receipt,) = ok("host", "drain", old, "--parallel", "2", "-o", "json")
+    assert (receipt["outcome"], receipt["new_nve"]) == ("moved", planned["to"])
+    refused = run("vm", "migrate", "web", "--to", old)
+    assert refused.returncode == 3
+    assert f"error: host {old}: it is drained (code host_drained)" in refused.stderr
+    assert ok("host", "drain", old, "-o", "json") == []
+    ok("host", "undrain", old)
+    assert ok("vm", "migrate", "web", "--to", old, "-o", "json")["outcome"] == "moved"
+    unknown = run("host", "drain", "nowhere")
+    assert (unknown.returncode, "unknown_host" in unknown.stderr) == (3, True)
+
+
 @pytest.mark.req("R-10")
 @pytest.mark.parametrize("mode", ["standby", "replicate", "warm", "cold"])
 def test_a_mode_that_is_not_built_is_refused_by_name(lab: None, mode: str) -> None:

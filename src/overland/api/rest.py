@@ -72,6 +72,12 @@ class MigrateWish(Record, frozen=True, kw_only=True):
     options: Options = Options()
 
 
+class DrainWish(Record, frozen=True, kw_only=True):
+    """Body of POST /v1/hosts/NAME/drain. The moves themselves are wishes of their own."""
+
+    dry_run: bool = False
+
+
 def problem(refusals: tuple[Refused, ...]) -> JSONResponse:
     """RFC 9457; the first refusal leads, `blockers` lists all."""
     first = refusals[0]
@@ -140,6 +146,19 @@ def _records(app: FastAPI, service: Service) -> None:
     @app.get("/v1/hosts")
     async def hosts() -> JSONResponse:
         return _json(sorted(authority.cluster.hosts.values(), key=lambda each: each.name))
+
+    @app.post("/v1/hosts/{name}/drain")
+    async def drain(name: str, request: Request) -> JSONResponse:
+        wish = await _body(request, DrainWish)
+        plan = authority.drain_plan(name)
+        if not wish.dry_run:
+            await authority.drain(name, drained=True)
+        return _json(plan)
+
+    @app.post("/v1/hosts/{name}/undrain", status_code=204)
+    async def undrain(name: str) -> Response:
+        await authority.drain(name, drained=False)
+        return Response(status_code=204)
 
     @app.get("/v1/endpoints")
     async def endpoints() -> JSONResponse:

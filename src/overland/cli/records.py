@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any
 
 import typer
 
 from overland.cli.client import Client
 from overland.cli.options import Api, Output
 from overland.cli.output import Exit, Failure, Format, done, show
+from overland.cli.vm import MOVE_COLUMNS, states
 
 network = typer.Typer(no_args_is_help=True, help="Virtual networks.")
 host = typer.Typer(no_args_is_help=True, help="Hosts and their NVEs.")
 NETWORK_COLUMNS = ("name", "vni", "kind", "ipv4", "ipv6", "mtu", "underlay")
-HOST_COLUMNS = ("name", "ready", "underlay_ipv4", "underlay_ipv6", "accelerator", "blockers")
+HOST_COLUMNS = (
+    "name",
+    "ready",
+    "drained",
+    "underlay_ipv4",
+    "underlay_ipv6",
+    "accelerator",
+    "blockers",
+)
 
 
 @network.command("create")
@@ -70,6 +80,45 @@ def host_list(api: Api = None, output: Output = Format.table) -> None:
 def host_show(name: str, api: Api = None, output: Output = Format.table) -> None:
     """One host."""
     show(_one(Client(api), "host", name), output)
+
+
+@host.command("drain")
+def host_drain(
+    name: str,
+    dry_run: Annotated[bool, typer.Option(help="only show where each VM would go")] = False,
+    parallel: Annotated[int, typer.Option(min=1, help="moves at a time")] = 1,
+    api: Api = None,
+    output: Output = Format.table,
+) -> None:
+    """Move all VMs away from a host, and place nothing on it until `undrain`."""
+    client = Client(api)
+    plan = client.call("POST", f"/v1/hosts/{name}/drain", {"dry_run": dry_run})
+    if dry_run:
+        show(plan, output, ("vm", "to", "why"))
+        return
+    going = [each for each in plan if each["to"] is not None]
+    with ThreadPoolExecutor(max_workers=parallel) as workers:
+        receipts = list(workers.map(lambda each: _moved(client, each["vm"], each["to"]), going))
+    show(receipts, output, MOVE_COLUMNS)
+    left = [each["vm"] for each in receipts if each["outcome"] != "moved"]
+    if left:
+        hint = f"`overland host drain {name}` goes on with them"
+        why = f"not moved: {', '.join(left)}"
+        raise Failure(f"host {name}", why, "aborted", hint, Exit.ABORTED)
+
+
+def _moved(client: Client, vm: str, to: str) -> dict[str, Any]:
+    """The receipt of one move, once it has ended."""
+    answer = client.call("POST", f"/v1/vms/{vm}/migrate", {"to": to})
+    *_, last = states(client, answer["id"])
+    return {key: value for key, value in last.items() if key != "progress"}
+
+
+@host.command("undrain")
+def host_undrain(name: str, api: Api = None, output: Output = Format.table) -> None:
+    """Let VMs be placed on a host again."""
+    Client(api).call("POST", f"/v1/hosts/{name}/undrain")
+    done({"undrained": name}, output)
 
 
 def _one(client: Client, kind: str, name: str) -> object:

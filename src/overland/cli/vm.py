@@ -175,13 +175,13 @@ def _follow(client: Client, move: str) -> dict[str, Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
     with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("planned", total=100)
-        for state in _states(client, move):
+        for state in states(client, move):
             last = state
             progress.update(task, description=_headline(state), completed=_percent(state))
     return {key: value for key, value in last.items() if key != "progress"}
 
 
-def _states(client: Client, move: str) -> Iterator[dict[str, Any]]:
+def states(client: Client, move: str) -> Iterator[dict[str, Any]]:
     """Every state of a move until its outcome is known, also over a restart of the NVA."""
     deadline_s = time.monotonic() + NVA_AWAY_S
     while time.monotonic() < deadline_s:

@@ -38,6 +38,7 @@ CONNECT_LIMIT_S = 10.0
 STOP_LIMIT_S = 5.0
 CANCEL_LIMIT_S = 0.5
 SAVE_LIMIT_S = 600.0
+SERVING_NICE = -10
 _DONE = ("completed", "failed")
 UNLIMITED_BYTES_PER_S = 1 << 40
 UNLIMITED_DOWNTIME_MS = 2_000_000
@@ -219,7 +220,12 @@ class QemuHypervisor:
             # A guest does not run with the daemon's own priority.
             os.setpriority(os.PRIO_PROCESS, process.pid, 0)
         (folder / "pid").write_text(f"{process.pid}\n")
-        return await self._connect(vm.name, process.pid)
+        machine = await self._connect(vm.name, process.pid)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            # Its first thread reads the tap, stops the VM and copies its memory; by now the threads
+            # of the virtual processors are there, and keep theirs.
+            os.setpriority(os.PRIO_PROCESS, process.pid, SERVING_NICE)
+        return machine
 
     async def _long_firmware(self) -> Path | None:
         if self._firmware is None and await self._single_round():

@@ -19,6 +19,7 @@ from overland.model.names import port_name, vxlan_name
 from overland.nva import rules
 from overland.nva.cluster import Cluster
 from overland.nva.mapping import underlay_address
+from overland.nva.placement import Placement, drain_plan
 from overland.ports import Conflict, Delete, Expect, Put, Store, StoreFailure
 
 Kept = Network | Host | Vm | Endpoint | Handover
@@ -123,6 +124,21 @@ class Authority:
         host = self.cluster.hosts.get(name)
         if host is not None:
             self.cluster.hosts[name] = msgspec.structs.replace(host, **facts)
+
+    def drain_plan(self, name: str) -> tuple[Placement, ...]:
+        """Where each VM of host `name` would go; Blocked when one has nowhere to go."""
+        if name not in self.cluster.hosts:
+            _stop_if(rules.host_blockers(self.cluster, name))
+        plan, refused = drain_plan(self.cluster, name)
+        _stop_if(refused)
+        return plan
+
+    async def drain(self, name: str, *, drained: bool) -> None:
+        """From now on nothing is placed on host `name` (or again)."""
+        if name not in self.cluster.hosts:
+            _stop_if(rules.host_blockers(self.cluster, name))
+        self.host_changed(name, drained=drained)
+        await self.keep_host(name)
 
     async def keep_host(self, name: str) -> None:
         """Write what is known of host `name`, so that a restarted NVA knows where its tenants are.

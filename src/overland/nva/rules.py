@@ -102,6 +102,10 @@ def host_blockers(cluster: Cluster, name: str) -> Iterator[Refused]:
     if not host.ready:
         hint = "start its NVE daemon, or choose another host"
         yield _no("host_not_ready", f"host {name}", "its NVE does not answer", hint)
+    if host.drained:
+        yield _no(
+            "host_drained", f"host {name}", "it is drained", f"`overland host undrain {name}`"
+        )
     for why in host.blockers:
         yield _no("host_blocked", f"host {name}", why)
 
@@ -206,7 +210,8 @@ def endpoint_blockers(cluster: Cluster, wish: Endpoint) -> Iterator[Refused]:
     yield from interface_blockers(cluster, wish.name, (wish.interface,))
 
 
-def _fits(cluster: Cluster, host: Host, vm: Vm) -> Iterator[Refused]:
+def free_memory_mib(cluster: Cluster, host: Host) -> int:
+    """What VMs, also those on their way, leave of the host's memory, in MiB; may be negative."""
     used = sum(
         each.memory_mib + RESERVE_MIB for each in cluster.vms.values() if each.host == host.name
     )
@@ -215,7 +220,11 @@ def _fits(cluster: Cluster, host: Host, vm: Vm) -> Iterator[Refused]:
         for move in cluster.moves.values()
         if move.new_nve == host.name
     )
-    free = host.memory_total_mib - used
+    return host.memory_total_mib - used
+
+
+def _fits(cluster: Cluster, host: Host, vm: Vm) -> Iterator[Refused]:
+    free = free_memory_mib(cluster, host)
     if vm.memory_mib + RESERVE_MIB > free:
         yield _no(
             "not_enough_memory",
