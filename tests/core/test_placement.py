@@ -37,9 +37,9 @@ def test_the_biggest_goes_first_and_each_where_most_memory_is_free() -> None:
     plan, refused = drain_plan(now, "h1")
     assert refused == ()
     assert plan == (
-        Placement(vm="big", to="h2"),
-        Placement(vm="off", to=None, why="it is shutdown"),
-        Placement(vm="small", to="h3"),
+        Placement(vm="big", to="h2", mode="hot"),
+        Placement(vm="off", to="h3", mode="cold"),
+        Placement(vm="small", to="h3", mode="hot"),
     )
     assert {vm.host for vm in now.vms.values()} == {"h1"}, "a plan changes nothing"
 

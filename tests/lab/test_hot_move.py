@@ -228,8 +228,34 @@ def test_a_host_is_emptied_and_stays_so_until_it_is_undrained(lab: None) -> None
     assert (unknown.returncode, "unknown_host" in unknown.stderr) == (3, True)
 
 
+@pytest.mark.req("R-34")
+@pytest.mark.req("R-55")
+def test_a_vm_at_rest_moves_cold(lab: None, tmp_path: Path) -> None:
+    """One transaction: version and place. What it starts from is looked for before."""
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(bytes(1 << 20))
+    ok("vm", "create", "rest", "--host", "h1", "--network", "blue", "--image", str(disk))
+    running = run("vm", "migrate", "rest", "--to", "h2", "--cold")
+    assert (running.returncode, "not_at_rest" in running.stderr) == (3, True)
+    ok("vm", "stop", "rest")
+    disk.rename(tmp_path / "away")
+    missing = run("vm", "migrate", "rest", "--to", "h2", "--cold")
+    assert f"error: host h2: {disk} cannot be read there (code file_missing)" in missing.stderr
+    assert missing.returncode == 3
+    (tmp_path / "away").rename(disk)
+    receipt = ok("vm", "migrate", "rest", "--to", "h2", "--cold", "-o", "json")
+    assert (receipt["mode"], receipt["outcome"], receipt["version"]) == ("cold", "moved", 2)
+    assert [each["phase"] for each in receipt["phases"]] == ["planned", "committed", "closed"]
+    assert ok("migration", "show", receipt["id"], "-o", "json") == receipt
+    shown = ok("vm", "show", "rest", "-o", "json")
+    assert (shown["host"], shown["state"], shown["version"]) == ("h2", "shutdown", 2)
+    ok("vm", "start", "rest")
+    assert ok("vm", "show", "rest", "-o", "json")["state"] == "running"
+    ok("vm", "delete", "rest")
+
+
 @pytest.mark.req("R-10")
-@pytest.mark.parametrize("mode", ["standby", "replicate", "warm", "cold"])
+@pytest.mark.parametrize("mode", ["standby", "replicate", "warm"])
 def test_a_mode_that_is_not_built_is_refused_by_name(lab: None, mode: str) -> None:
     """R-10: a standby copy is no mode of moving; the others are not built yet."""
     body = json.dumps({"to": "h2", "mode": mode}).encode()

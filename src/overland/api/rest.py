@@ -40,6 +40,10 @@ class Service(Protocol):
 
     async def delete_vm(self, name: str) -> None: ...
 
+    async def cold_blockers(self, name: str, to: str) -> tuple[Refused, ...]: ...
+
+    async def move_at_rest(self, name: str, to: str) -> str: ...
+
     async def migrate(self, name: str, to: str, options: Options) -> str: ...
 
     def find_move(self, move_id: str) -> Handover | None: ...
@@ -225,12 +229,19 @@ def _machines(app: FastAPI, service: Service) -> None:
 
 
 async def _migrate(service: Service, name: str, wish: MigrateWish) -> JSONResponse:
-    if wish.mode != "hot":
+    if wish.mode not in ("hot", "cold"):
         why = f"mode {wish.mode} is not built yet"
         raise Blocked([Refused(code="unsupported_mode", what=f"vm {name}", why=why, hint="--hot")])
     if wish.dry_run:
-        blockers = service.authority.move_blockers(name, wish.to)
+        cold = wish.mode == "cold"
+        blockers = (
+            await service.cold_blockers(name, wish.to)
+            if cold
+            else service.authority.move_blockers(name, wish.to)
+        )
         return _json({"vm": name, "to": wish.to, "blockers": blockers})
+    if wish.mode == "cold":
+        return _json({"id": await service.move_at_rest(name, wish.to)}, 202)
     return _json({"id": await service.migrate(name, wish.to, wish.options)}, 202)
 
 

@@ -94,11 +94,10 @@ def host_drain(
     client = Client(api)
     plan = client.call("POST", f"/v1/hosts/{name}/drain", {"dry_run": dry_run})
     if dry_run:
-        show(plan, output, ("vm", "to", "why"))
+        show(plan, output, ("vm", "to", "mode"))
         return
-    going = [each for each in plan if each["to"] is not None]
     with ThreadPoolExecutor(max_workers=parallel) as workers:
-        receipts = list(workers.map(lambda each: _moved(client, each["vm"], each["to"]), going))
+        receipts = list(workers.map(lambda each: _moved(client, each), plan))
     show(receipts, output, MOVE_COLUMNS)
     left = [each["vm"] for each in receipts if each["outcome"] != "moved"]
     if left:
@@ -107,9 +106,10 @@ def host_drain(
         raise Failure(f"host {name}", why, "aborted", hint, Exit.ABORTED)
 
 
-def _moved(client: Client, vm: str, to: str) -> dict[str, Any]:
+def _moved(client: Client, placement: dict[str, str]) -> dict[str, Any]:
     """The receipt of one move, once it has ended."""
-    answer = client.call("POST", f"/v1/vms/{vm}/migrate", {"to": to})
+    wish = {"to": placement["to"], "mode": placement["mode"]}
+    answer = client.call("POST", f"/v1/vms/{placement['vm']}/migrate", wish)
     *_, last = states(client, answer["id"])
     return {key: value for key, value in last.items() if key != "progress"}
 

@@ -125,8 +125,9 @@ def migrate(
     name: str,
     to: Annotated[str, typer.Option(help="the new host")],
     hot: Annotated[
-        bool, typer.Option("--hot/--no-hot", "--live", help="the VM runs while it is copied")
-    ] = True,
+        bool, typer.Option("--hot", "--live", help="the VM runs while it is copied; the default")
+    ] = False,
+    cold: Annotated[bool, typer.Option("--cold", help="the VM is shut down or crashed")] = False,
     max_downtime: Annotated[str, typer.Option(help="longest stop to accept")] = "300ms",
     bandwidth: Annotated[str | None, typer.Option(help="bytes a second, such as 1GiB")] = None,
     timeout: Annotated[str, typer.Option(help="for the copy of memory")] = "300s",
@@ -139,15 +140,16 @@ def migrate(
     api: Api = None,
     output: Output = Format.table,
 ) -> None:
-    """Move a running VM to another host; prints the receipt."""
-    if not hot:
-        raise Failure("vm migrate", "only hot moves are built", "unsupported_mode", "--hot", 3)
+    """Move a VM to another host; prints the receipt."""
+    if hot and cold:
+        raise Failure("vm migrate", "--hot or --cold, not both", "usage", exit_code=Exit.USAGE)
     if timeout_action not in ("abort", "pause"):
         why = f"{timeout_action!r}: use abort or pause"
         raise Failure("--timeout-action", why, "usage", exit_code=Exit.USAGE)
     client = Client(api)
     wish = {
         "to": to,
+        "mode": "cold" if cold else "hot",
         "dry_run": dry_run,
         "options": {
             "max_downtime_ms": amount(max_downtime, "--max-downtime", parse_duration) * 1000,

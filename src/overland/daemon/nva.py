@@ -59,7 +59,7 @@ VM_ORDER_LIMIT_S = 60.0
 REPAIR_LIMIT_S = 3.0
 NEGATIVE_100MS = 20
 MEMBERS_DELAY_S = 0.1
-HOST_ANSWER_LIMIT_S = 3.0
+ANSWER_LIMIT_S = 3.0
 
 log = logging.getLogger(__name__)
 
@@ -203,18 +203,24 @@ class Domain:
     async def _ask(self, asker: str, host: str) -> bool | None:
         """Whether `asker` hears the kernel of `host`; None when it does not say."""
         record = self.authority.cluster.hosts[host]
-        number = next(self._numbers)
-        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._answers[number] = answer
         address = record.underlay_ipv4 or record.underlay_ipv6 or ""
-        self._wire.send(asker, w.HostQuestion(id=number, address=address))
+        heard: bool | None = await self._asks(
+            asker, w.HostQuestion(id=next(self._numbers), address=address)
+        )
+        return heard
+
+    async def _asks(self, host: str, question: w.HostQuestion | w.FilesQuestion) -> Any:
+        """The answer of NVE `host`; None when there is none in time."""
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._answers[question.id] = answer
+        self._wire.send(host, question)
         try:
-            async with asyncio.timeout(HOST_ANSWER_LIMIT_S):
+            async with asyncio.timeout(ANSWER_LIMIT_S):
                 return await answer
         except TimeoutError:
             return None
         finally:
-            self._answers.pop(number, None)
+            self._answers.pop(question.id, None)
 
     def _found(self, host: str, fact: str) -> None:
         """What others say of a host: that it `answers`, or is `dead`."""
@@ -237,8 +243,8 @@ class Domain:
                 vm = self.authority.cluster.vms.get(name)
                 if vm is not None and vm.host == host:
                     self._later(self.authority.vm_state(name, state, reason))
-            case w.HostAnswer(id=number, answers=answers):
-                self._answered(number, answers)
+            case w.HostAnswer(id=number, answers=result) | w.FilesAnswer(id=number, missing=result):
+                self._answered(number, result)
             case w.Resync() | w.Query():
                 self._asked(host, message)
             case w.Unsupported(why=why):
@@ -395,6 +401,29 @@ class Domain:
         await self.authority.delete_vm(name)
 
     # ------------------------------------------------------------ moves
+
+    async def cold_blockers(self, name: str, to: str) -> tuple[Refused, ...]:
+        """What stands against moving a VM at rest; its files are looked for on the new host."""
+        found = self.authority.move_blockers(name, to, cold=True)
+        vm = self.authority.cluster.vms.get(name)
+        if found or vm is None:
+            return found
+        paths = tuple(filter(None, (vm.boot.image, vm.boot.kernel, vm.boot.initrd)))
+        missing = await self._asks(to, w.FilesQuestion(id=next(self._numbers), paths=paths))
+        if missing is None:
+            return (_refused("host_not_ready", f"host {to}", "its NVE does not answer"),)
+        return tuple(
+            _refused("file_missing", f"host {to}", f"{path} cannot be read there")
+            for path in missing
+        )
+
+    async def move_at_rest(self, name: str, to: str) -> str:
+        """Move a VM that is shut down or crashed; the id of the move, which has ended."""
+        blockers = await self.cold_blockers(name, to)
+        if blockers:
+            raise Blocked(blockers)
+        record = await self.authority.move_at_rest(uuid.uuid4().hex[:12], name, to)
+        return record.id
 
     async def migrate(self, name: str, to: str, options: Options) -> str:
         record = await self.authority.begin_move(uuid.uuid4().hex[:12], name, to, options)

@@ -150,6 +150,9 @@ class Nve:
                 self._turns.put_nowait(message)
             case w.HostQuestion(id=number, address=address):
                 self._later(self._look(number, address))
+            case w.FilesQuestion(id=number, paths=paths):
+                missing = tuple(path for path in paths if not os.access(path, os.R_OK))
+                self._link.send(w.FilesAnswer(id=number, missing=missing))
             case w.Unsupported(why=why):
                 log.warning("NVA does not understand: %s", why)
             case w.Welcome():

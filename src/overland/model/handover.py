@@ -190,7 +190,7 @@ class Handover(Record, frozen=True, kw_only=True):
 
     id: str
     vm: Vm
-    mode: Literal["hot"] = "hot"
+    mode: Literal["hot", "cold"] = "hot"
     old_nve: str
     new_nve: str
     peers: tuple[str, ...] = ()

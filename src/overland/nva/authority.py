@@ -247,9 +247,10 @@ class Authority:
 
     # ------------------------------------------------------------ moves
 
-    def move_blockers(self, name: str, to: str) -> tuple[Refused, ...]:
+    def move_blockers(self, name: str, to: str, *, cold: bool = False) -> tuple[Refused, ...]:
         """Everything that stands against moving `name` to `to` now."""
-        return tuple(rules.move_blockers(self.cluster, name, to))
+        blockers = rules.cold_blockers if cold else rules.move_blockers
+        return tuple(blockers(self.cluster, name, to))
 
     async def begin_move(self, move_id: str, name: str, to: str, options: Options) -> Handover:
         """Journal a new move; Blocked with every reason when it may not begin."""
@@ -261,6 +262,37 @@ class Authority:
             await self._write({f"move/{move_id}": record, f"vm/{name}": moving})
             self.cluster.vms[name] = moving
             self.cluster.moves[move_id] = record
+        self._changed(frozenset(port.network for port in record.ports))
+        return record
+
+    async def move_at_rest(self, move_id: str, name: str, to: str) -> Handover:
+        """Move a VM that is at rest: one transaction, with which it is done; Blocked if it may not.
+
+        There is nothing in flight and nothing to copy, so the receipt ends where it begins.
+        """
+        async with self._lock:
+            _stop_if(rules.cold_blockers(self.cluster, name, to))
+            vm = self._vm(name)
+            now_ns = time.time_ns()
+            record = msgspec.structs.replace(
+                self._planned(move_id, vm, to, Options()),
+                mode="cold",
+                peers=(),
+                version=vm.version + 1,
+                phase="closed",
+                outcome="moved",
+                phases=tuple(
+                    PhaseAt(phase=phase, at_ns=now_ns)
+                    for phase in ("planned", "committed", "closed")
+                ),
+                commit_ns=now_ns,
+                closed_ns=now_ns,
+                close_reason="nothing was in flight",
+            )
+            moved = msgspec.structs.replace(vm, host=to, version=record.version)
+            await self._write({f"move/{move_id}": record, f"vm/{name}": moved})
+            self.cluster.vms[name] = moved
+            self.ended_moves[move_id] = record
         self._changed(frozenset(port.network for port in record.ports))
         return record
 

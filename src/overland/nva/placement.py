@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Literal
+
 import msgspec
 
 from overland.model.cluster import Record, Refused, Vm
 from overland.nva.cluster import Cluster
-from overland.nva.rules import free_memory_mib, move_blockers
-
-_STAYS = ("shutdown", "crashed", "suspended")
-"""States in which a VM uses nothing of its host but its disk: it may stay."""
+from overland.nva.rules import cold_blockers, free_memory_mib, move_blockers
 
 
 class Placement(Record, frozen=True, kw_only=True):
-    """VM `vm` goes to host `to`; None: it stays, `why` says for what reason."""
+    """VM `vm` goes to host `to` in a move of this `mode`."""
 
     vm: str
-    to: str | None
-    why: str = ""
+    to: str
+    mode: Literal["hot", "cold"]
 
 
 def drain_plan(cluster: Cluster, name: str) -> tuple[tuple[Placement, ...], tuple[Refused, ...]]:
@@ -31,22 +31,22 @@ def drain_plan(cluster: Cluster, name: str) -> tuple[tuple[Placement, ...], tupl
     refused: list[Refused] = []
     vms = [vm for vm in cluster.vms.values() if vm.host == name]
     for vm in sorted(vms, key=lambda vm: (-vm.memory_mib, vm.name)):
-        if vm.state in _STAYS:
-            found.append(Placement(vm=vm.name, to=None, why=f"it is {vm.state}"))
-            continue
-        to, why = _best(ahead, vm)
+        mode: Literal["hot", "cold"] = "cold" if vm.state in ("shutdown", "crashed") else "hot"
+        to, why = _best(ahead, vm, cold_blockers if mode == "cold" else move_blockers)
         if to is None:
             refused.append(Refused(code="nowhere_to_go", what=f"vm {vm.name}", why=why))
             continue
-        found.append(Placement(vm=vm.name, to=to))
+        found.append(Placement(vm=vm.name, to=to, mode=mode))
         ahead.vms[vm.name] = msgspec.structs.replace(vm, host=to)
     return tuple(found), tuple(refused)
 
 
-def _best(cluster: Cluster, vm: Vm) -> tuple[str | None, str]:
+def _best(
+    cluster: Cluster, vm: Vm, blockers: Callable[[Cluster, str, str], Iterator[Refused]]
+) -> tuple[str | None, str]:
     """The best host for `vm`, or what speaks against each."""
     against = {
-        host: next(iter(move_blockers(cluster, vm.name, host)), None)
+        host: next(blockers(cluster, vm.name, host), None)
         for host in sorted(cluster.hosts)
         if host != vm.host
     }

@@ -273,6 +273,30 @@ def move_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
         yield from _compatible(cluster.hosts.get(vm.host), host, vm)
 
 
+def cold_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
+    """Why VM `name` cannot be moved to host `to` at rest."""
+    vm = cluster.vms.get(name)
+    if vm is None:
+        yield _unknown("vm", name)
+        yield from host_blockers(cluster, to) if to not in cluster.hosts else ()
+        return
+    what = f"vm {name}"
+    yield from host_blockers(cluster, to)
+    if vm.host == to:
+        yield _no("same_host", what, f"it is on host {to} already", "choose another host")
+    if vm.state == "suspended":
+        why = f"its saved state lies on host {vm.host}"
+        yield _no("suspended", what, why, f"`overland vm resume {name}`, then move it hot")
+    elif vm.state not in ("shutdown", "crashed"):
+        why = f"it is {vm.state}; a cold move needs a VM at rest"
+        yield _no("not_at_rest", what, why, f"`overland vm stop {name}`, or move it hot")
+    host = cluster.hosts.get(to)
+    if host is not None and vm.host != to:
+        yield from _fits(cluster, host, vm)
+        yield from _reach(cluster, host, vm.interfaces)
+        yield from _can_start(host, vm)
+
+
 def _deaf_peers(cluster: Cluster, vm: Vm, to: str) -> Iterator[Refused]:
     """Hosts whose tenants would go on sending to the old host: nobody can tell their NVE."""
     places = set().union(*(cluster.places(each.network) for each in vm.interfaces))
@@ -285,14 +309,19 @@ def _deaf_peers(cluster: Cluster, vm: Vm, to: str) -> Iterator[Refused]:
 
 def _compatible(old: Host | None, new: Host, vm: Vm) -> Iterator[Refused]:
     what = f"vm {vm.name}"
+    yield from _can_start(new, vm)
+    if old is not None and old.accelerator != new.accelerator:
+        why = f"it runs under {old.accelerator}, host {new.name} offers {new.accelerator}"
+        yield _no("accelerator_differs", what, why)
+
+
+def _can_start(new: Host, vm: Vm) -> Iterator[Refused]:
+    what = f"vm {vm.name}"
     if vm.machine and vm.machine not in new.machine_types:
         why = f"host {new.name} does not know machine type {vm.machine}"
         yield _no("machine_unknown", what, why, f"upgrade QEMU on {new.name}")
     if vm.cpu and vm.cpu not in new.cpu_models:
         yield _no("cpu_unknown", what, f"host {new.name} does not offer CPU model {vm.cpu}")
-    if old is not None and old.accelerator != new.accelerator:
-        why = f"it runs under {old.accelerator}, host {new.name} offers {new.accelerator}"
-        yield _no("accelerator_differs", what, why)
 
 
 _FROM: dict[str, tuple[VmState, ...]] = {

@@ -74,6 +74,13 @@ class HostAnswer(Message, frozen=True, kw_only=True, tag=True):
     answers: bool
 
 
+class FilesAnswer(Message, frozen=True, kw_only=True, tag=True):
+    """To a FilesQuestion with the same `id`: which of the files this host cannot read."""
+
+    id: int
+    missing: tuple[str, ...]
+
+
 class Resync(Message, frozen=True, kw_only=True, tag=True):
     """An update of VN `network` did not fit what is here: push the whole."""
 
@@ -148,6 +155,13 @@ class HostQuestion(Message, frozen=True, kw_only=True, tag=True):
     address: str
 
 
+class FilesQuestion(Message, frozen=True, kw_only=True, tag=True):
+    """Can this host read the files at `paths`? (R-55) Answered by FilesAnswer."""
+
+    id: int
+    paths: tuple[str, ...]
+
+
 class Answer(Message, frozen=True, kw_only=True, tag=True):
     """To a Query. Without a mapping it is a negative answer (N-18) for `lifetime_100ms`.
 
@@ -165,8 +179,29 @@ class Unsupported(Message, frozen=True, kw_only=True, tag=True):
     why: str
 
 
-FromNve = Hello | Ack | VmReport | MoveReport | VmAnswer | HostAnswer | Resync | Query | Unsupported
-FromNva = Welcome | VnPush | VnUpdate | MoveOrder | VmOrder | HostQuestion | Answer | Unsupported
+FromNve = (
+    Hello
+    | Ack
+    | VmReport
+    | MoveReport
+    | VmAnswer
+    | HostAnswer
+    | FilesAnswer
+    | Resync
+    | Query
+    | Unsupported
+)
+FromNva = (
+    Welcome
+    | VnPush
+    | VnUpdate
+    | MoveOrder
+    | VmOrder
+    | HostQuestion
+    | FilesQuestion
+    | Answer
+    | Unsupported
+)
 
 encode = msgspec.msgpack.Encoder().encode
 decode_from_nve = msgspec.msgpack.Decoder(FromNve).decode
