@@ -214,10 +214,17 @@ def test_the_right_to_write_a_shared_disk_goes_with_the_vm(lab: None, tmp_path: 
 
 def test_a_host_is_emptied_and_stays_so_until_it_is_undrained(lab: None) -> None:
     old = ok("vm", "show", "web", "-o", "json")["host"]
-    (planned,) = ok("host", "drain", old, "--dry-run", "-o", "json")
-    assert (planned["vm"], ok("vm", "show", "web", "-o", "json")["host"]) == ("web", old)
-    (receipt,) = ok("host", "drain", old, "--parallel", "2", "-o", "json")
-    assert (receipt["outcome"], receipt["new_nve"]) == ("moved", planned["to"])
+
+    def here() -> set[str]:
+        return {each["name"] for each in ok("vm", "list", "-o", "json") if each["host"] == old}
+
+    before = here()
+    plan = {each["vm"]: each["to"] for each in ok("host", "drain", old, "--dry-run", "-o", "json")}
+    assert set(plan) == before == here()
+    receipts = ok("host", "drain", old, "--parallel", "2", "-o", "json")
+    assert {each["vm"]: each["new_nve"] for each in receipts} == plan
+    assert {each["outcome"] for each in receipts} == {"moved"}
+    assert here() == set()
     refused = run("vm", "migrate", "web", "--to", old)
     assert refused.returncode == 3
     assert f"error: host {old}: it is drained (code host_drained)" in refused.stderr
