@@ -285,8 +285,16 @@ class Hypervisor(Protocol):
         """Run a suspended VM on from its saved state."""
         ...
 
+    async def take_state(self, vm: str, listen: str) -> str:
+        """Wait at underlay address `listen` for a suspended VM's state; the URI to give it to."""
+        ...
+
+    async def give_state(self, vm: str, uri: str) -> int:
+        """Send a suspended VM's state to `uri`; bytes sent, once it is on the other host's disk."""
+        ...
+
     async def stop(self, vm: str) -> None:
-        """End the process; content with absence."""
+        """End the process, and drop a saved state; content with absence."""
         ...
 
     async def state(self, vm: str) -> RunState | None:

@@ -261,6 +261,25 @@ def test_a_vm_at_rest_moves_cold(lab: None, tmp_path: Path) -> None:
     ok("vm", "delete", "rest")
 
 
+@pytest.mark.req("R-34")
+@pytest.mark.req("R-67")
+def test_a_suspended_vm_moves_with_its_state_and_wakes_where_it_was(lab: None) -> None:
+    """Its uptime goes on: it is the same boot, on another host; on the old one nothing is left."""
+    old = ok("vm", "show", "web", "-o", "json")["host"]
+    new = next(host for host in ("h1", "h2", "h3") if host != old)
+    boot = ok("lab", "guest", "web", "--lab", LAB, "--", "cat", "/proc/sys/kernel/random/boot_id")
+    ok("vm", "suspend", "web")
+    receipt = ok("vm", "migrate", "web", "--to", new, "--cold", "-o", "json")
+    assert (receipt["mode"], receipt["outcome"]) == ("cold", "moved")
+    assert receipt["memory"]["sent_bytes"] > 1 << 20
+    shown = ok("vm", "show", "web", "-o", "json")
+    assert (shown["host"], shown["state"]) == (new, "suspended")
+    assert not list((LABS / LAB / "run" / old / "suspended").iterdir())
+    ok("vm", "resume", "web")
+    same = ok("lab", "guest", "web", "--lab", LAB, "--", "cat", "/proc/sys/kernel/random/boot_id")
+    assert same == boot
+
+
 @pytest.mark.req("R-10")
 @pytest.mark.parametrize("mode", ["standby", "replicate", "warm"])
 def test_a_mode_that_is_not_built_is_refused_by_name(lab: None, mode: str) -> None:

@@ -127,7 +127,9 @@ def migrate(
     hot: Annotated[
         bool, typer.Option("--hot", "--live", help="the VM runs while it is copied; the default")
     ] = False,
-    cold: Annotated[bool, typer.Option("--cold", help="the VM is shut down or crashed")] = False,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="the VM is at rest: shut down, crashed or suspended")
+    ] = False,
     max_downtime: Annotated[str, typer.Option(help="longest stop to accept")] = "300ms",
     bandwidth: Annotated[str | None, typer.Option(help="bytes a second, such as 1GiB")] = None,
     timeout: Annotated[str, typer.Option(help="for the copy of memory")] = "300s",

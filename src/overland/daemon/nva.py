@@ -60,6 +60,7 @@ REPAIR_LIMIT_S = 3.0
 NEGATIVE_100MS = 20
 MEMBERS_DELAY_S = 0.1
 ANSWER_LIMIT_S = 3.0
+STATE_LIMIT_S = 600.0
 
 log = logging.getLogger(__name__)
 
@@ -237,8 +238,8 @@ class Domain:
             case w.MoveReport(report=report):
                 if not self.handovers.report(report):
                     self._ended_report(host, report)
-            case w.VmAnswer(id=number, failure=failure):
-                self._answered(number, failure)
+            case w.VmAnswer(id=number):
+                self._answered(number, message)
             case w.VmReport(vm=name, state=state, reason=reason):
                 vm = self.authority.cluster.vms.get(name)
                 if vm is not None and vm.host == host:
@@ -346,22 +347,28 @@ class Domain:
 
     # ------------------------------------------------------------ VMs
 
-    async def _order(self, action: str, vm: Vm) -> None:
+    async def _order(
+        self, action: str, vm: Vm, host: str = "", uri: str = "", limit_s: float = VM_ORDER_LIMIT_S
+    ) -> w.VmAnswer:
+        """Have the VM's host, or `host`, do it; Blocked when it is away, fails or is silent."""
+        host = host or vm.host
         number = next(self._numbers)
-        waiting: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        waiting: asyncio.Future[w.VmAnswer] = asyncio.get_running_loop().create_future()
         self._answers[number] = waiting
-        message = msgspec.convert({"id": number, "action": action, "vm": vm}, w.VmOrder)
-        if not self._wire.send(vm.host, message):
-            raise Blocked([_refused("host_not_ready", f"host {vm.host}", "its NVE is away")])
+        wish = {"id": number, "action": action, "vm": vm, "uri": uri}
+        if not self._wire.send(host, msgspec.convert(wish, w.VmOrder)):
+            raise Blocked([_refused("host_not_ready", f"host {host}", "its NVE is away")])
         try:
-            async with asyncio.timeout(VM_ORDER_LIMIT_S):
-                failure = await waiting
+            async with asyncio.timeout(limit_s):
+                answer = await waiting
         except TimeoutError:
-            failure = f"no answer within {VM_ORDER_LIMIT_S:g} s"
+            why = f"no answer within {limit_s:g} s"
+            raise Blocked([_refused("failed", f"vm {vm.name}", why)]) from None
         finally:
             self._answers.pop(number, None)
-        if failure is not None:
-            raise Blocked([_refused("failed", f"vm {vm.name}", failure)])
+        if answer.failure is not None:
+            raise Blocked([_refused("failed", f"vm {vm.name}", answer.failure)])
+        return answer
 
     async def create_vm(self, wish: Vm) -> Vm:
         """Record it, start it; nothing stays when it cannot start."""
@@ -418,11 +425,23 @@ class Domain:
         )
 
     async def move_at_rest(self, name: str, to: str) -> str:
-        """Move a VM that is shut down or crashed; the id of the move, which has ended."""
+        """Move a VM that is shut down, crashed or suspended; the id of the move, which has ended.
+
+        A saved state is whole on the new host's disk before the record changes, and is dropped on
+        the old one after. What a failure between leaves is a file that no record points to.
+        """
         blockers = await self.cold_blockers(name, to)
         if blockers:
             raise Blocked(blockers)
-        record = await self.authority.move_at_rest(uuid.uuid4().hex[:12], name, to)
+        vm = self.authority.vm(name)
+        given = 0
+        if vm.state == "suspended":
+            uri = (await self._order("take", vm, to)).text
+            given = (await self._order("give", vm, uri=uri, limit_s=STATE_LIMIT_S)).bytes
+        record = await self.authority.move_at_rest(uuid.uuid4().hex[:12], name, to, given)
+        if given:
+            with contextlib.suppress(Blocked):
+                await self._order("stop", vm)  # its state is of no use there any more
         return record.id
 
     async def migrate(self, name: str, to: str, options: Options) -> str:

@@ -233,12 +233,25 @@ class Nve:
     # ------------------------------------------------------------ VMs
 
     async def _vm_order(self, order: w.VmOrder) -> None:
-        failure = None
         try:
-            await self._vm_do(order.action, order.vm)
+            answer = await self._carried_out(order)
         except PortFailure as error:
-            failure = str(error)
-        self._link.send(w.VmAnswer(id=order.id, failure=failure))
+            answer = w.VmAnswer(id=order.id, failure=str(error))
+        self._link.send(answer)
+
+    async def _carried_out(self, order: w.VmOrder) -> w.VmAnswer:
+        name = order.vm.name
+        match order.action:
+            case "take":
+                address = self._config.underlay_ipv4 or self._config.underlay_ipv6 or ""
+                uri = await self._hypervisor.take_state(name, address)
+                return w.VmAnswer(id=order.id, text=uri)
+            case "give":
+                given = await self._hypervisor.give_state(name, order.uri)
+                return w.VmAnswer(id=order.id, bytes=given)
+            case action:
+                await self._vm_do(action, order.vm)
+                return w.VmAnswer(id=order.id)
 
     async def _vm_do(self, action: str, vm: Vm) -> None:
         ports = [port_name(vm.name, index) for index in range(len(vm.interfaces))]

@@ -29,6 +29,7 @@ from overland.hypervisor.accel import NOTICE, accelerator
 from overland.hypervisor.channel import Channel
 from overland.hypervisor.command import qemu_command
 from overland.hypervisor.countdown import COUNTDOWN_BYTES, long_firmware
+from overland.hypervisor.statefile import Taker, give
 from overland.model.cluster import Vm
 from overland.model.handover import Transfer
 from overland.ports import HypervisorFacts, HypervisorFailure, RunState
@@ -99,6 +100,7 @@ class QemuHypervisor:
         self._binary = binary
         self._facts: HypervisorFacts | None = None
         self._firmware: Path | None = None
+        self._taker = Taker()
         self._machines: dict[str, _Machine] = {}
         self._events: asyncio.Queue[tuple[str, RunState]] = asyncio.Queue()
 
@@ -389,6 +391,12 @@ class QemuHypervisor:
         await self.received(vm.name, SAVE_LIMIT_S)
         await self.resume(vm.name)
         saved.unlink()
+
+    async def take_state(self, vm: str, listen: str) -> str:
+        return await self._taker.take(self._saved(vm), listen)
+
+    async def give_state(self, vm: str, uri: str) -> int:
+        return await give(self._saved(vm), uri)
 
     def _saved(self, vm: str) -> Path:
         return self._run_dir / "suspended" / vm

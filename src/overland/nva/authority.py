@@ -14,7 +14,7 @@ from typing import TypeVar
 import msgspec
 
 from overland.model.cluster import Endpoint, Host, Interface, Network, Refused, Vm
-from overland.model.handover import ENDED, Handover, MovingPort, Options, PhaseAt
+from overland.model.handover import ENDED, Handover, Memory, MovingPort, Options, PhaseAt
 from overland.model.names import port_name, vxlan_name
 from overland.nva import rules
 from overland.nva.cluster import Cluster
@@ -265,10 +265,13 @@ class Authority:
         self._changed(frozenset(port.network for port in record.ports))
         return record
 
-    async def move_at_rest(self, move_id: str, name: str, to: str) -> Handover:
+    async def move_at_rest(
+        self, move_id: str, name: str, to: str, state_bytes: int = 0
+    ) -> Handover:
         """Move a VM that is at rest: one transaction, with which it is done; Blocked if it may not.
 
-        There is nothing in flight and nothing to copy, so the receipt ends where it begins.
+        There is nothing in flight, so the receipt ends where it begins. `state_bytes` is what of a
+        suspended VM was copied before.
         """
         async with self._lock:
             _stop_if(rules.cold_blockers(self.cluster, name, to))
@@ -288,6 +291,7 @@ class Authority:
                 commit_ns=now_ns,
                 closed_ns=now_ns,
                 close_reason="nothing was in flight",
+                memory=Memory(total_bytes=state_bytes, sent_bytes=state_bytes),
             )
             moved = msgspec.structs.replace(vm, host=to, version=record.version)
             await self._write({f"move/{move_id}": record, f"vm/{name}": moved})

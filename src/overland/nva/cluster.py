@@ -9,7 +9,7 @@ from typing import Literal
 from overland.model.cluster import Endpoint, Host, Interface, Network, Record, Vm, VmState
 from overland.model.handover import Handover
 
-_AT_REST: tuple[VmState, ...] = ("shutdown", "suspended", "crashed")
+AT_REST: tuple[VmState, ...] = ("shutdown", "suspended", "crashed")
 """States in which a VM's interfaces are associated only: nothing from them, nothing to them."""
 
 
@@ -48,7 +48,7 @@ class Cluster:
                     host=vm.host,
                     interface=interface,
                     version=vm.version,
-                    active=vm.state not in _AT_REST,
+                    active=vm.state not in AT_REST,
                 )
         for endpoint in self.endpoints.values():
             yield Tsi(

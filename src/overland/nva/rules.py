@@ -23,7 +23,7 @@ from overland.model.names import (
     parse_prefix,
     parse_vni,
 )
-from overland.nva.cluster import Cluster
+from overland.nva.cluster import AT_REST, Cluster
 from overland.nva.mapping import underlay_address
 
 RESERVE_MIB = 32
@@ -284,17 +284,15 @@ def cold_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
     yield from host_blockers(cluster, to)
     if vm.host == to:
         yield _no("same_host", what, f"it is on host {to} already", "choose another host")
-    if vm.state == "suspended":
-        why = f"its saved state lies on host {vm.host}"
-        yield _no("suspended", what, why, f"`overland vm resume {name}`, then move it hot")
-    elif vm.state not in ("shutdown", "crashed"):
+    if vm.state not in AT_REST:
         why = f"it is {vm.state}; a cold move needs a VM at rest"
-        yield _no("not_at_rest", what, why, f"`overland vm stop {name}`, or move it hot")
-    host = cluster.hosts.get(to)
+        yield _no("not_at_rest", what, why, f"`overland vm suspend {name}`, or move it hot")
+    host, old = cluster.hosts.get(to), cluster.hosts.get(vm.host)
     if host is not None and vm.host != to:
         yield from _fits(cluster, host, vm)
         yield from _reach(cluster, host, vm.interfaces)
-        yield from _can_start(host, vm)
+        # A saved state runs on only where it could have run before.
+        yield from _compatible(old if vm.state == "suspended" else None, host, vm)
 
 
 def _deaf_peers(cluster: Cluster, vm: Vm, to: str) -> Iterator[Refused]:
@@ -308,20 +306,16 @@ def _deaf_peers(cluster: Cluster, vm: Vm, to: str) -> Iterator[Refused]:
 
 
 def _compatible(old: Host | None, new: Host, vm: Vm) -> Iterator[Refused]:
-    what = f"vm {vm.name}"
-    yield from _can_start(new, vm)
-    if old is not None and old.accelerator != new.accelerator:
-        why = f"it runs under {old.accelerator}, host {new.name} offers {new.accelerator}"
-        yield _no("accelerator_differs", what, why)
-
-
-def _can_start(new: Host, vm: Vm) -> Iterator[Refused]:
+    """What of the machine host `new` lacks; `old` is where its present state comes from."""
     what = f"vm {vm.name}"
     if vm.machine and vm.machine not in new.machine_types:
         why = f"host {new.name} does not know machine type {vm.machine}"
         yield _no("machine_unknown", what, why, f"upgrade QEMU on {new.name}")
     if vm.cpu and vm.cpu not in new.cpu_models:
         yield _no("cpu_unknown", what, f"host {new.name} does not offer CPU model {vm.cpu}")
+    if old is not None and old.accelerator != new.accelerator:
+        why = f"it runs under {old.accelerator}, host {new.name} offers {new.accelerator}"
+        yield _no("accelerator_differs", what, why)
 
 
 _FROM: dict[str, tuple[VmState, ...]] = {

@@ -61,10 +61,12 @@ class MoveReport(Message, frozen=True, kw_only=True, tag=True):
 
 
 class VmAnswer(Message, frozen=True, kw_only=True, tag=True):
-    """A VmOrder was carried out, or why not."""
+    """A VmOrder was carried out, or why not. `text`: where to give a state; `bytes`: given."""
 
     id: int
     failure: str | None = None
+    text: str = ""
+    bytes: int = 0
 
 
 class HostAnswer(Message, frozen=True, kw_only=True, tag=True):
@@ -140,12 +142,14 @@ class MoveOrder(Message, frozen=True, kw_only=True, tag=True):
 class VmOrder(Message, frozen=True, kw_only=True, tag=True):
     """Do something to a VM; answered by VmAnswer with the same `id`.
 
-    `suspend` saves its state on the host and ends it, `wake` runs it on from there.
+    `suspend` saves its state on the host and ends it, `wake` runs it on from there. `take` waits
+    for such a state from another host and answers where, `give` sends it there (`uri`).
     """
 
     id: int
-    action: Literal["start", "pause", "resume", "suspend", "wake", "stop"]
+    action: Literal["start", "pause", "resume", "suspend", "wake", "stop", "take", "give"]
     vm: Vm
+    uri: str = ""
 
 
 class HostQuestion(Message, frozen=True, kw_only=True, tag=True):

@@ -1,0 +1,53 @@
+"""A saved state goes from disk to disk, whole or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from overland.hypervisor.statefile import Taker, give
+from overland.ports import HypervisorFailure
+
+
+@pytest.mark.req("R-34")
+async def test_the_file_is_kept_whole_and_the_former_one_until_then(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there" / "web"
+    here.write_bytes(bytes(range(256)) * 20_000)
+    there.parent.mkdir()
+    there.write_bytes(b"former")
+    taker = Taker()
+    uri = await taker.take(there, "127.0.0.1")
+    assert there.read_bytes() == b"former"
+    assert await give(here, uri) == here.stat().st_size
+    assert there.read_bytes() == here.read_bytes()
+    assert [each.name for each in there.parent.iterdir()] == ["web"]
+
+
+@pytest.mark.parametrize("what", ["another secret", "cut", "damaged"])
+async def test_what_is_not_whole_is_not_kept(tmp_path: Path, what: str) -> None:
+    there = tmp_path / "there" / "web"
+    uri = await Taker().take(there, "127.0.0.1")
+    _, port, secret = uri.removeprefix("state:").split("|")
+    said = bytes(16) if what == "another secret" else bytes.fromhex(secret)
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
+    writer.write(said + (5).to_bytes(8, "big"))
+    writer.write(b"ab" if what == "cut" else b"abcde" + bytes(32))
+    writer.write_eof()
+    assert await reader.read() == b""
+    writer.close()
+    assert not there.exists()
+    assert not list(there.parent.iterdir())
+    here = tmp_path / "here"
+    here.write_bytes(b"state")
+    assert await give(here, uri) == 5, "the true giver is still waited for"
+
+
+async def test_a_taker_that_is_gone_is_a_failure(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    here.write_bytes(b"state")
+    uri = await Taker().take(tmp_path / "there" / "web", "127.0.0.1")
+    await give(here, uri)
+    with pytest.raises(HypervisorFailure, match="state not"):
+        await give(here, uri)
