@@ -1,7 +1,7 @@
 """A suspended VM's saved state, carried from one host to another as a file.
 
-The taker listens once and names itself by a URI with a secret; the giver says the secret, the
-length and the bytes, and their SHA-256; the taker answers when all of it is on its disk.
+The taker listens and names itself by a URI with a secret; the giver says the secret, the length
+and the bytes, and their SHA-256; the taker answers when all of it is on its disk.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import contextlib
 import hashlib
 import os
 import secrets
+import socket
 from pathlib import Path
 
 from overland.ports import HypervisorFailure
 
 PIECE_BYTES = 1 << 20
 TAKE_LIMIT_S = 600.0
+PIECE_LIMIT_S = 30.0
 _SECRET_BYTES, _LENGTH_BYTES, _DIGEST_BYTES = 16, 8, 32
 _KEPT = b"kept"
 
@@ -25,7 +27,7 @@ class Taker:
     """Waits for files that others give; each is waited for beside the caller."""
 
     def __init__(self) -> None:
-        self._listening: set[asyncio.Task[None]] = set()
+        self._waiting: set[asyncio.Task[None]] = set()
 
     async def take(self, path: Path, address: str) -> str:
         """Wait for one file, and keep it at `path`; the URI to give it to.
@@ -33,78 +35,78 @@ class Taker:
         A former file stays until the new one is whole. HypervisorFailure when nobody can listen.
         """
         secret = secrets.token_bytes(_SECRET_BYTES)
-        given = asyncio.Event()
-
-        async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError, ValueError):
-                await _keep(reader, path, secret)
-                writer.write(_KEPT)
-                given.set()
-            writer.close()
-
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
             path.parent.mkdir(exist_ok=True)
-            server = await asyncio.start_server(one, address, 0)
+            server = socket.create_server((address, 0), family=family)
         except OSError as error:
             raise HypervisorFailure(f"cannot take a state at {address}: {error.strerror}") from None
-        task = asyncio.create_task(_until(server, given))
-        self._listening.add(task)
-        task.add_done_callback(self._listening.discard)
-        port = server.sockets[0].getsockname()[1]
-        return f"state:{address}|{port}|{secret.hex()}"
+        server.setblocking(False)
+        task = asyncio.create_task(_until_taken(server, path, secret))
+        self._waiting.add(task)
+        task.add_done_callback(self._waiting.discard)
+        return f"state:{address}|{server.getsockname()[1]}|{secret.hex()}"
 
 
-async def _until(server: asyncio.Server, given: asyncio.Event) -> None:
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(given.wait(), TAKE_LIMIT_S)
-    server.close()
+async def _until_taken(server: socket.socket, path: Path, secret: bytes) -> None:
+    loop = asyncio.get_running_loop()
+    taken = False
+    with server, contextlib.suppress(TimeoutError):
+        while not taken:
+            async with asyncio.timeout(TAKE_LIMIT_S):
+                giver, _ = await loop.sock_accept(server)
+            giver.settimeout(PIECE_LIMIT_S)
+            taken = await asyncio.to_thread(_taken, giver, path, secret)
 
 
-async def _keep(reader: asyncio.StreamReader, path: Path, secret: bytes) -> None:
-    """ValueError when it is not what was promised; nothing is kept then."""
-    if not secrets.compare_digest(await reader.readexactly(_SECRET_BYTES), secret):
-        raise ValueError("not the giver")
-    left = int.from_bytes(await reader.readexactly(_LENGTH_BYTES), "big")
-    digest = hashlib.sha256()
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            while left:
-                piece = await reader.readexactly(min(left, PIECE_BYTES))
-                digest.update(piece)
-                await asyncio.to_thread(file.write, piece)
-                left -= len(piece)
-            if await reader.readexactly(_DIGEST_BYTES) != digest.digest():
-                raise ValueError("damaged on its way")
-            await asyncio.to_thread(os.fsync, file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+def _taken(giver: socket.socket, path: Path, secret: bytes) -> bool:
+    """Whether this one gave what was waited for; else nothing of it is kept."""
+    with giver, contextlib.suppress(OSError, ValueError), giver.makefile("rb") as stream:
+        if not secrets.compare_digest(stream.read(_SECRET_BYTES), secret):
+            raise ValueError("not the giver")
+        left = int.from_bytes(stream.read(_LENGTH_BYTES), "big")
+        part = path.with_name(f".{path.name}.part")
+        digest = hashlib.sha256()
+        try:
+            with part.open("wb") as file:
+                while left and (piece := stream.read(min(left, PIECE_BYTES))):
+                    digest.update(piece)
+                    file.write(piece)
+                    left -= len(piece)
+                if left or stream.read(_DIGEST_BYTES) != digest.digest():
+                    raise ValueError("not whole")
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        giver.sendall(_KEPT)
+        return True
+    return False
 
 
 async def give(path: Path, uri: str) -> int:
     """Send the file at `path` to `uri`; bytes sent. HypervisorFailure unless it was kept there."""
     address, port, secret = uri.removeprefix("state:").split("|")
     try:
-        reader, writer = await asyncio.open_connection(address, int(port))
-        try:
-            length = path.stat().st_size
-            writer.write(bytes.fromhex(secret) + length.to_bytes(_LENGTH_BYTES, "big"))
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while piece := await asyncio.to_thread(file.read, PIECE_BYTES):
-                    digest.update(piece)
-                    writer.write(piece)
-                    await writer.drain()
-            writer.write(digest.digest())
-            if await reader.readexactly(len(_KEPT)) != _KEPT:
-                raise HypervisorFailure(f"{address} has not kept the state")
-        finally:
-            writer.close()
-    except asyncio.IncompleteReadError:
-        why = "it could not keep it (disk full?)"
-        raise HypervisorFailure(f"state not taken by {address}: {why}") from None
+        # Made here, where the network namespace is the daemon's.
+        taker = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        return await asyncio.to_thread(_given, taker, path, (address, int(port)), secret)
     except OSError as error:
         why = error.strerror or "no answer"
-        raise HypervisorFailure(f"state not sent to {address}: {why}") from None
+        raise HypervisorFailure(f"state not taken by {address}: {why}") from None
+
+
+def _given(taker: socket.socket, path: Path, address: tuple[str, int], secret: str) -> int:
+    with taker, path.open("rb") as file:
+        taker.settimeout(PIECE_LIMIT_S)
+        taker.connect(address)
+        length = os.fstat(file.fileno()).st_size
+        taker.sendall(bytes.fromhex(secret) + length.to_bytes(_LENGTH_BYTES, "big"))
+        digest = hashlib.sha256()
+        while piece := file.read(PIECE_BYTES):
+            digest.update(piece)
+            taker.sendall(piece)
+        taker.sendall(digest.digest())
+        if taker.recv(len(_KEPT)) != _KEPT:
+            raise HypervisorFailure(f"state not kept by {address[0]} (disk full?)")
     return length

@@ -1,0 +1,103 @@
+"""A cold move of a suspended VM beside a bare copy of its saved state over the same link."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.lab.chaos import Lab, ok
+
+from overland.daemon import inside
+from overland.lab.topology import LABS
+
+LAB = "modes"
+
+
+def copied_ms(source: Path, old: str, new: str) -> float:
+    """A bare copy from namespace `old` to `new`: read, sent, written, on disk."""
+    kept = source.with_name("copy")
+    with inside(f"/run/netns/ovl-{LAB}-{new}"):
+        server = socket.create_server(("0.0.0.0", 0))
+    with inside(f"/run/netns/ovl-{LAB}-{old}"):
+        client = socket.socket()
+
+    def take() -> None:
+        taken, _ = server.accept()
+        with taken, kept.open("wb") as file:
+            while piece := taken.recv(1 << 20):
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+
+    taker = threading.Thread(target=take)
+    taker.start()
+    began_s = time.perf_counter()
+    client.connect((f"10.200.0.{new[1:]}", server.getsockname()[1]))
+    with client, source.open("rb") as file:
+        client.sendfile(file)
+    taker.join()
+    server.close()
+    kept.unlink()
+    return 1000 * (time.perf_counter() - began_s)
+
+
+def moved_ms(api: str, new: str) -> float:
+    """A cold move, from the request to its answer: version and place are changed then."""
+    body = json.dumps({"to": new, "mode": "cold"}).encode()
+    request = urllib.request.Request(
+        f"{api}/v1/vms/web/migrate", body, {"content-type": "application/json"}
+    )
+    began_s = time.perf_counter()
+    urllib.request.urlopen(request).read()
+    return 1000 * (time.perf_counter() - began_s)
+
+
+def measure(moves: int) -> dict[str, Any]:
+    lab = Lab(LAB)
+    lab.up("ov.dirty=32,20")
+    copies, colds, sizes = [], [], []
+    try:
+        for _ in range(moves):
+            old, new = lab.where(), lab.next_host()
+            ok("vm", "suspend", "web")
+            state = LABS / LAB / "run" / old / "suspended" / "web"
+            sizes.append(state.stat().st_size)
+            copies.append(copied_ms(state, old, new))
+            colds.append(moved_ms(lab.api, new))
+            ok("vm", "resume", "web")
+    finally:
+        lab.down()
+    return {"copies_ms": copies, "cold_ms": colds, "bytes": sizes}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--moves", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=Path("out/bench-modes.json"))
+    options = parser.parse_args()
+    os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="modes-")  # a context of our own
+    found = measure(options.moves)
+    cold, copy = statistics.median(found["cold_ms"]), statistics.median(found["copies_ms"])
+    print(
+        f"{options.moves} cold moves of a suspended VM of 128 MiB, "
+        f"{statistics.median(found['bytes']) / 2**20:.0f} MiB of state: {cold:.0f} ms (median), "
+        f"a bare copy {copy:.0f} ms, ratio {cold / copy:.2f}"
+    )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
