@@ -336,8 +336,17 @@ class _Running:
 
 
 def _lasting(part: Part) -> Part:
-    """A part without what changes every few milliseconds."""
-    return msgspec.structs.replace(part, memory=Memory())
+    """What of a part a restarted daemon goes on from.
+
+    Not what changes every few milliseconds; nor how far the stop has come, from which there is only
+    the way back (`old_nve`), and in which every write to the disk would be time the VM is deaf.
+    """
+    part = msgspec.structs.replace(part, memory=Memory())
+    if part.stage != "stopping":
+        return part
+    return msgspec.structs.replace(
+        part, held_ns=0, drained=False, flowing=False, rescued=0, stop_ns=0
+    )
 
 
 class _Performer:
