@@ -40,7 +40,7 @@ from overland.nva.authority import Authority, Blocked
 from overland.nva.handovers import Handovers, last_orders
 from overland.nva.mapping import VnView
 from overland.nva.pushes import Pushes, Update, Whole
-from overland.ports import PortFailure
+from overland.ports import Conflict, PortFailure, StoreFailure
 from overland.store.sqlite import SqliteStore
 from overland.wire import messages as w
 from overland.wire import tls
@@ -136,7 +136,7 @@ class Domain:
             self._push(host, network, self._view(network), again=True)
         answers = self.authority.cluster.hosts[host].answers
         self._liveness.connected(host, answers=answers)
-        self._later(self.authority.keep_host(host))
+        self._later(self._keep_host(host))
         self.handovers.back(host)
         for move in hello.moves:
             self._settle(host, move)
@@ -226,7 +226,7 @@ class Domain:
     def _found(self, host: str, fact: str) -> None:
         """What others say of a host: that it `answers`, or is `dead`."""
         self.authority.host_changed(host, **{fact: True})
-        self._later(self.authority.keep_host(host))
+        self._later(self._keep_host(host))
         if fact == "dead":
             self.handovers.lost(host, dead=True)
             self._networks_changed(frozenset(self.authority.cluster.networks))
@@ -292,6 +292,13 @@ class Domain:
             view = self._view(network)
             for host in sorted(self._wire.hosts()):
                 self._push(host, network, view)
+
+    async def _keep_host(self, host: str) -> None:
+        try:
+            await self.authority.keep_host(host)
+        except (Conflict, StoreFailure) as failure:
+            # It is known all the same, until this NVA is restarted.
+            log.warning("host %s not written: %s", host, failure)
 
     def _members_changed(self) -> None:
         """Tell everybody soon: when all NVEs come at once, not everybody of each of them."""
