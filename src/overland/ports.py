@@ -241,7 +241,7 @@ class Hypervisor(Protocol):
         """
         ...
 
-    async def send(self, vm: str, uri: str, bandwidth_bytes_per_s: int | None) -> None:
+    async def send(self, vm: str, uri: str, bytes_per_s: int) -> None:
         """Begin to send; the VM keeps running until `finish`, or until nothing is left to send."""
         ...
 

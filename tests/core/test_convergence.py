@@ -9,6 +9,7 @@ from overland.mobility.convergence import (
     COUNTDOWN_BYTES_PER_S,
     SINGLE_ROUND_BYTES_PER_S,
     converged,
+    first_pace,
     pace,
 )
 from overland.model.handover import Options, Transfer
@@ -49,6 +50,13 @@ def test_the_operators_bandwidth_is_a_limit_of_its_own(mib: int) -> None:
     assert pace(left(SINGLE, mib), options) == 8 * MIB
     assert pace(left(ROUNDS, mib), options) == 8 * MIB
     assert pace(left(ROUNDS, mib), Options()) == 0
+
+
+def test_it_begins_as_if_there_were_one_round_only() -> None:
+    """The first look may come late, and a single round must not be over by then."""
+    assert first_pace(Options()) == SINGLE_ROUND_BYTES_PER_S
+    assert first_pace(Options(bandwidth_bytes_per_s=8 * MIB)) == 8 * MIB
+    assert first_pace(Options(bandwidth_bytes_per_s=1 << 40)) == SINGLE_ROUND_BYTES_PER_S
 
 
 def test_a_transfer_in_rounds_stops_when_the_rest_is_small_or_as_small_as_allowed() -> None:

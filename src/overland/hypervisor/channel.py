@@ -50,14 +50,14 @@ class Channel:
         """Send a copy of the descriptor along with whatever QMP command comes next."""
         socket.send_fds(monitor, [b" "], [self._sock.fileno()])
 
-    def pace(self, bytes_per_s: int | None) -> None:
-        """Send at most so much from now on; None is no limit.
+    def pace(self, bytes_per_s: int) -> None:
+        """Send at most so much from now on; 0 is no limit.
 
         A paced sender gets a small buffer: what QEMU has written counts as sent, so not much may
         lie there unsent.
         """
-        buffer = _FREE_BUFFER_BYTES if bytes_per_s is None else _PACED_BUFFER_BYTES
-        rate = _UNPACED if bytes_per_s is None else bytes_per_s
+        buffer = _PACED_BUFFER_BYTES if bytes_per_s else _FREE_BUFFER_BYTES
+        rate = bytes_per_s or _UNPACED
         with contextlib.suppress(OSError):  # the other end is gone: QEMU will say so
             self._sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, buffer)
             self._sock.setsockopt(

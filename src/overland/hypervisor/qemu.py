@@ -39,7 +39,6 @@ CONNECT_LIMIT_S = 10.0
 STOP_LIMIT_S = 5.0
 CANCEL_LIMIT_S = 0.5
 SAVE_LIMIT_S = 600.0
-SERVING_NICE = -10
 _DONE = ("completed", "failed")
 UNLIMITED_BYTES_PER_S = 1 << 40
 UNLIMITED_DOWNTIME_MS = 2_000_000
@@ -222,12 +221,7 @@ class QemuHypervisor:
             # A guest does not run with the daemon's own priority.
             os.setpriority(os.PRIO_PROCESS, process.pid, 0)
         (folder / "pid").write_text(f"{process.pid}\n")
-        machine = await self._connect(vm.name, process.pid)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            # Its first thread reads the tap, stops the VM and copies its memory; by now the threads
-            # of the virtual processors are there, and keep theirs.
-            os.setpriority(os.PRIO_PROCESS, process.pid, SERVING_NICE)
-        return machine
+        return await self._connect(vm.name, process.pid)
 
     async def _long_firmware(self) -> Path | None:
         if self._firmware is None and await self._single_round():
@@ -427,7 +421,7 @@ class QemuHypervisor:
 
     # ------------------------------------------------------------ moving
 
-    async def send(self, vm: str, uri: str, bandwidth_bytes_per_s: int | None) -> None:
+    async def send(self, vm: str, uri: str, bytes_per_s: int) -> None:
         machine = self._machine(vm)
         machine.stopped_ns = 0
         machine.migration = ""
@@ -441,7 +435,7 @@ class QemuHypervisor:
         await self._do(machine, "migrate-set-parameters", **parameters)
         machine.let_go()
         machine.channel = await Channel.open(uri)
-        machine.channel.pace(bandwidth_bytes_per_s)
+        machine.channel.pace(bytes_per_s)
         machine.channel.hand_to(machine.monitor)
         await self._do(machine, "getfd", fdname="memory")
         await self._do(machine, "migrate", uri="fd:memory")
@@ -481,7 +475,7 @@ class QemuHypervisor:
         # QEMU stops the VM itself as soon as it may: a single round when its rest is sent, which is
         # no longer paced, because the VM hears nothing meanwhile. It may already have done so.
         if machine.channel is not None:
-            machine.channel.pace(None)
+            machine.channel.pace(0)
         if not await self._single_round():
             with contextlib.suppress(HypervisorFailure):
                 limit = {"downtime-limit": UNLIMITED_DOWNTIME_MS}

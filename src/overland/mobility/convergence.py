@@ -48,6 +48,15 @@ def converged(transfer: Transfer, options: Options) -> bool:
     return expected_stop_s(transfer) <= min(goal_s, limit_s)
 
 
+def first_pace(options: Options) -> int:
+    """Bytes/s to begin with, until the first look tells whether there is one round only.
+
+    On a busy host that look may come late, and a single round must not be over by then.
+    """
+    limit = options.bandwidth_bytes_per_s
+    return min(limit, SINGLE_ROUND_BYTES_PER_S) if limit else SINGLE_ROUND_BYTES_PER_S
+
+
 def pace(transfer: Transfer, options: Options) -> int:
     """Bytes/s at which to send from now on; 0 is no limit but the operator's (`--bandwidth`)."""
     if not transfer.countdown_bytes:

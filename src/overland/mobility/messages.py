@@ -316,7 +316,10 @@ class ProvePath(Do, frozen=True, kw_only=True, tag=True):
 
 
 class BeginSend(Do, frozen=True, kw_only=True, tag=True):
+    """Begin to send memory to `uri`, at most so fast until a Pace says otherwise."""
+
     uri: str
+    bytes_per_s: int
 
 
 class WatchTransfer(Do, frozen=True, kw_only=True, tag=True):

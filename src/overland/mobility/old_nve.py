@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import msgspec
 
-from overland.mobility.convergence import TRICKLE_BYTES_PER_S, converged, pace
+from overland.mobility.convergence import TRICKLE_BYTES_PER_S, converged, first_pace, pace
 from overland.mobility.messages import (
     ArmPorts,
     AwaitDrained,
@@ -92,10 +92,9 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             part = msgspec.structs.replace(part, stage="armed")
             return part, _said(part)
         case "armed", Send(uri=uri):
-            part = msgspec.structs.replace(
-                part, uri=uri, pace=part.options.bandwidth_bytes_per_s or 0
-            )
-            return to(part, "sending", BeginSend(uri=uri), WatchTransfer())
+            first = first_pace(part.options)
+            part = msgspec.structs.replace(part, uri=uri, pace=first)
+            return to(part, "sending", BeginSend(uri=uri, bytes_per_s=first), WatchTransfer())
         case "sending", TransferSeen():
             return _seen(part, event)
         case "sending", Force():
@@ -152,7 +151,8 @@ def _seen(part: Part, event: TransferSeen) -> PartStep:
     if converged(transfer, part.options):
         return _stop(part, late=transfer.status == "completed")
     watch: tuple[Do, ...] = (WatchTransfer(),)
-    if (rate := pace(transfer, part.options)) != part.pace:
+    rate = pace(transfer, part.options) if transfer.status == "active" else part.pace
+    if rate != part.pace:
         part = msgspec.structs.replace(part, pace=rate)
         watch = (Pace(bytes_per_s=rate), *watch)
     step_bytes = transfer.total_bytes * PROGRESS_PART

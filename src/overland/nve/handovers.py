@@ -421,8 +421,7 @@ class _Performer:
 
     async def _BeginSend(self, effect: m.Do) -> None:
         assert isinstance(effect, m.BeginSend)
-        bandwidth = self._part.options.bandwidth_bytes_per_s
-        await self._hypervisor.send(self._vm, effect.uri, bandwidth)
+        await self._hypervisor.send(self._vm, effect.uri, effect.bytes_per_s)
 
     async def _WatchTransfer(self, _: m.Do) -> m.TransferSeen:
         passes = self._part.memory.rounds
