@@ -230,7 +230,8 @@ def test_a_host_is_emptied_and_stays_so_until_it_is_undrained(lab: None) -> None
     assert f"error: host {old}: it is drained (code host_drained)" in refused.stderr
     assert ok("host", "drain", old, "-o", "json") == []
     ok("host", "undrain", old)
-    assert ok("vm", "migrate", "web", "--to", old, "-o", "json")["outcome"] == "moved"
+    for vm in before:
+        assert ok("vm", "migrate", vm, "--to", old, "-o", "json")["outcome"] == "moved"
     unknown = run("host", "drain", "nowhere")
     assert (unknown.returncode, "unknown_host" in unknown.stderr) == (3, True)
 
