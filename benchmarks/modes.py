@@ -1,4 +1,4 @@
-"""A cold move of a suspended VM beside a bare copy of its saved state over the same link."""
+"""A cold move of a suspended VM beside a bare copy of its saved state between the same hosts."""
 
 from __future__ import annotations
 
