@@ -15,6 +15,7 @@ import pytest
 from overland.config import NvaConfig, Tls
 from overland.daemon.nva import Domain
 from overland.model.cluster import Endpoint, Host, Interface, Network, Vm
+from overland.nva.authority import Blocked
 from overland.wire import messages as w
 from overland.wire import tls
 from overland.wire.client import WireClient
@@ -295,7 +296,7 @@ async def question(nve: Nve, *, answers: bool) -> None:
 async def test_what_a_dead_host_had_is_withdrawn_and_comes_back_with_it(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("overland.daemon.liveness.AGAIN_S", 0.05)
+    monkeypatch.setattr("overland.nva.liveness.AGAIN_S", 0.05)
     one, two = await begin(world)
     await question(two, answers=True)  # while it is there: so its silence will mean something
     await one.leave()
@@ -315,7 +316,7 @@ async def test_a_host_that_never_answered_is_not_dead_because_it_is_silent(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A firewall may keep it from answering; its VMs run."""
-    monkeypatch.setattr("overland.daemon.liveness.AGAIN_S", 0.05)
+    monkeypatch.setattr("overland.nva.liveness.AGAIN_S", 0.05)
     one, two = await begin(world)
     await question(two, answers=False)
     await one.leave()
@@ -338,6 +339,43 @@ async def test_a_restarted_nva_knows_where_tenants_of_an_absent_nve_are(world: W
     assert push.intent.members == ("192.0.2.2",)
     assert [each.ipv4 for each in push.intent.remotes] == ["10.0.0.2"]
     assert not heir.authority.cluster.hosts["h2"].ready
+
+
+@pytest.mark.req("R-34")
+async def test_nothing_is_done_to_a_vm_whose_saved_state_is_on_its_way(world: World) -> None:
+    """It could be woken and sleep again meanwhile, and would lose what it did."""
+    one, two = world.nve("h1"), world.nve("h2")
+    for nve in (one, two):
+        nve.host = msgspec.structs.replace(nve.host, memory_total_mib=4096, accelerator="tcg")
+        nve.connect()
+        await nve.hears(w.Welcome)
+    domain = world.domain
+    await domain.authority.create_network(Network(name="blue", vni=42))
+    face = Interface(network="blue", mac="02:00:00:00:00:09")
+    web = Vm(name="web", host="h1", state="suspended", interfaces=(face,), version=4)
+    await domain.authority._write({"vm/web": web})  # noqa: SLF001 - as it was left
+    domain.authority.cluster.vms["web"] = web
+    moving = asyncio.create_task(domain.move_at_rest("web", "h2"))
+    files = await two.hears(w.FilesQuestion)
+    two.say(w.FilesAnswer(id=files.id, missing=()))
+    take = await two.hears(w.VmOrder)
+    two.say(w.VmAnswer(id=take.id, text="state:there"))
+    give = await one.hears(w.VmOrder)
+    assert (take.action, give.action, give.uri) == ("take", "give", "state:there")
+    for wish in (
+        domain.vm_action("web", "resume"),
+        domain.delete_vm("web"),
+        domain.move_at_rest("web", "h2"),
+    ):
+        with pytest.raises(Blocked, match="it is moving"):
+            await wish
+    one.say(w.VmAnswer(id=give.id, given_bytes=7))
+    stop = await one.hears(w.VmOrder)
+    assert stop.action == "stop"
+    one.say(w.VmAnswer(id=stop.id))
+    record = domain.authority.move(await moving)
+    assert record is not None
+    assert (record.memory.sent_bytes, domain.authority.vm("web").host) == (7, "h2")
 
 
 @pytest.mark.req("E-02")

@@ -277,6 +277,22 @@ async def test_a_frame_that_qemu_cannot_place_is_waited_for(bench: Bench) -> Non
     assert await drained
 
 
+async def test_a_plug_that_was_not_taken_is_not_rescued(bench: Bench) -> None:
+    """It is ours: no tenant's port gets it, and no receipt counts it."""
+    tunnel = Tunnel(number=7, local="192.0.2.1", remote="192.0.2.2", mtu=1400)
+    await bench.path.open_tunnel(PORT, tunnel, home=True)
+    await bench.path.arm_port(PORT, "under", 1000)
+    with contextlib.closing(Ear(tunnel_name(7))) as ear:
+        left = bench.send(3)
+        await bench.path.hold_port(PORT)
+        assert not await bench.path.port_drained(PORT, 0.02)
+        assert await bench.path.release_port(PORT, tunnel) == len(left)
+        assert ear.numbers() == left
+    sent, _ = await bench.path.count_tunnel(tunnel)
+    assert sent == len(left)
+    await bench.path.close_tunnel(PORT, tunnel)
+
+
 async def test_the_vns_copy_of_a_broadcast_waits_for_the_activation(bench: Bench) -> None:
     """HO-17: until then broadcasts come by the tunnel."""
     broadcast = b"\xff" * 6

@@ -232,17 +232,19 @@ async def _migrate(service: Service, name: str, wish: MigrateWish) -> JSONRespon
     if wish.mode not in ("hot", "cold"):
         why = f"mode {wish.mode} is not built yet"
         raise Blocked([Refused(code="unsupported_mode", what=f"vm {name}", why=why, hint="--hot")])
-    if wish.dry_run:
-        cold = wish.mode == "cold"
-        blockers = (
-            await service.cold_blockers(name, wish.to)
+    cold = wish.mode == "cold"
+    if not wish.dry_run:
+        move = (
+            service.move_at_rest(name, wish.to)
             if cold
-            else service.authority.move_blockers(name, wish.to)
+            else service.migrate(name, wish.to, wish.options)
         )
-        return _json({"vm": name, "to": wish.to, "blockers": blockers})
-    if wish.mode == "cold":
-        return _json({"id": await service.move_at_rest(name, wish.to)}, 202)
-    return _json({"id": await service.migrate(name, wish.to, wish.options)}, 202)
+        return _json({"id": await move}, 202)
+    if cold:
+        blockers = await service.cold_blockers(name, wish.to)
+    else:
+        blockers = service.authority.move_blockers(name, wish.to)
+    return _json({"vm": name, "to": wish.to, "blockers": blockers})
 
 
 def _moves(app: FastAPI, service: Service) -> None:

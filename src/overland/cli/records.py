@@ -102,15 +102,20 @@ def host_drain(
     left = [each["vm"] for each in receipts if each["outcome"] != "moved"]
     if left:
         hint = f"`overland host drain {name}` goes on with them"
-        why = f"not moved: {', '.join(left)}"
+        whys = [each["reason"] for each in receipts if each["outcome"] == "refused"]
+        why = "; ".join([f"not moved: {', '.join(left)}", *whys])
         raise Failure(f"host {name}", why, "aborted", hint, Exit.ABORTED)
 
 
 def _moved(client: Client, placement: dict[str, str]) -> dict[str, Any]:
-    """The receipt of one move, once it has ended."""
+    """The receipt of one move, once it has ended; of one that was refused meanwhile, why."""
     wish = {"to": placement["to"], "mode": placement["mode"]}
-    answer = client.call("POST", f"/v1/vms/{placement['vm']}/migrate", wish)
-    *_, last = states(client, answer["id"])
+    try:
+        answer = client.call("POST", f"/v1/vms/{placement['vm']}/migrate", wish)
+        *_, last = states(client, answer["id"])
+    except Failure as failure:
+        # The others go on, and their receipts are shown.
+        return {"vm": placement["vm"], "outcome": "refused", "reason": failure.lines[0]}
     return {key: value for key, value in last.items() if key != "progress"}
 
 

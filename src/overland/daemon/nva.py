@@ -19,7 +19,6 @@ import uvicorn
 from overland.api.rest import create_app
 from overland.config import NvaConfig
 from overland.daemon import inside, run_first
-from overland.daemon.liveness import Liveness
 from overland.mobility import coordinator
 from overland.mobility.messages import (
     Activate,
@@ -38,6 +37,7 @@ from overland.model.ticket import ticket_of
 from overland.nva import rules
 from overland.nva.authority import Authority, Blocked
 from overland.nva.handovers import Handovers, last_orders
+from overland.nva.liveness import Liveness
 from overland.nva.mapping import VnView
 from overland.nva.pushes import Pushes, Update, Whole
 from overland.ports import Conflict, PortFailure, StoreFailure
@@ -78,6 +78,7 @@ class Domain:
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._liveness = Liveness(self._others, self._ask, self._found)
+        self._carried: set[str] = set()
         self._leases: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._move_events: dict[str, asyncio.Condition] = {}
@@ -210,13 +211,18 @@ class Domain:
         )
         return heard
 
-    async def _asks(self, host: str, question: w.HostQuestion | w.FilesQuestion) -> Any:
+    async def _asks(
+        self,
+        host: str,
+        question: w.HostQuestion | w.FilesQuestion | w.VmOrder,
+        limit_s: float = ANSWER_LIMIT_S,
+    ) -> Any:
         """The answer of NVE `host`; None when there is none in time."""
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._answers[question.id] = answer
         self._wire.send(host, question)
         try:
-            async with asyncio.timeout(ANSWER_LIMIT_S):
+            async with asyncio.timeout(limit_s):
                 return await answer
         except TimeoutError:
             return None
@@ -359,20 +365,15 @@ class Domain:
     ) -> w.VmAnswer:
         """Have the VM's host, or `host`, do it; Blocked when it is away, fails or is silent."""
         host = host or vm.host
-        number = next(self._numbers)
-        waiting: asyncio.Future[w.VmAnswer] = asyncio.get_running_loop().create_future()
-        self._answers[number] = waiting
-        wish = {"id": number, "action": action, "vm": vm, "uri": uri}
-        if not self._wire.send(host, msgspec.convert(wish, w.VmOrder)):
+        if host not in self._wire.hosts():
             raise Blocked([_refused("host_not_ready", f"host {host}", "its NVE is away")])
-        try:
-            async with asyncio.timeout(limit_s):
-                answer = await waiting
-        except TimeoutError:
+        wish = {"id": next(self._numbers), "action": action, "vm": vm, "uri": uri}
+        answer: w.VmAnswer | None = await self._asks(
+            host, msgspec.convert(wish, w.VmOrder), limit_s
+        )
+        if answer is None:
             why = f"no answer within {limit_s:g} s"
-            raise Blocked([_refused("failed", f"vm {vm.name}", why)]) from None
-        finally:
-            self._answers.pop(number, None)
+            raise Blocked([_refused("failed", f"vm {vm.name}", why)])
         if answer.failure is not None:
             raise Blocked([_refused("failed", f"vm {vm.name}", answer.failure)])
         return answer
@@ -390,8 +391,7 @@ class Domain:
 
     async def vm_action(self, name: str, action: str) -> Vm:
         vm = self.authority.vm(name)
-        if vm.move is not None:
-            raise Blocked([_refused("move_in_progress", f"vm {name}", "it is moving")])
+        self._stop_if_moving(vm)
         refused = rules.action_refused(vm, action)
         if refused is not None:
             raise Blocked([refused])
@@ -408,8 +408,14 @@ class Domain:
         await self.authority.vm_state(name, _STATE_AFTER[action])
         return self.authority.vm(name)
 
+    def _stop_if_moving(self, vm: Vm) -> None:
+        if vm.move is not None or vm.name in self._carried:
+            raise Blocked([_refused("move_in_progress", f"vm {vm.name}", "it is moving")])
+
     async def delete_vm(self, name: str) -> None:
         vm = self.authority.vm(name)
+        if name in self._carried:
+            self._stop_if_moving(vm)
         if vm.move is None and vm.host in self._wire.hosts():
             await self._order("stop", vm)
         await self.authority.delete_vm(name)
@@ -437,19 +443,26 @@ class Domain:
         A saved state is whole on the new host's disk before the record changes, and is dropped on
         the old one after. What a failure between leaves is a file that no record points to.
         """
-        blockers = await self.cold_blockers(name, to)
-        if blockers:
-            raise Blocked(blockers)
         vm = self.authority.vm(name)
-        given = 0
-        if vm.state == "suspended":
-            uri = (await self._order("take", vm, to)).text
-            given = (await self._order("give", vm, uri=uri, limit_s=STATE_LIMIT_S)).bytes
-        record = await self.authority.move_at_rest(uuid.uuid4().hex[:12], name, to, given)
-        if given:
-            with contextlib.suppress(Blocked):
-                await self._order("stop", vm)  # its state is of no use there any more
+        self._stop_if_moving(vm)
+        self._carried.add(name)  # else it could be woken, and sleep again with a newer state
+        try:
+            blockers = await self.cold_blockers(name, to)
+            if blockers:
+                raise Blocked(blockers)
+            given = await self._carry_state(vm, to) if vm.state == "suspended" else 0
+            record = await self.authority.move_at_rest(uuid.uuid4().hex[:12], name, to, given)
+            if given:
+                with contextlib.suppress(Blocked):
+                    await self._order("stop", vm)  # its state is of no use there any more
+        finally:
+            self._carried.discard(name)
         return record.id
+
+    async def _carry_state(self, vm: Vm, to: str) -> int:
+        """Bytes of the saved state that is now on host `to` as well."""
+        uri = (await self._order("take", vm, to)).text
+        return (await self._order("give", vm, uri=uri, limit_s=STATE_LIMIT_S)).given_bytes
 
     async def migrate(self, name: str, to: str, options: Options) -> str:
         record = await self.authority.begin_move(uuid.uuid4().hex[:12], name, to, options)

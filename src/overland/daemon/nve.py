@@ -248,7 +248,7 @@ class Nve:
                 return w.VmAnswer(id=order.id, text=uri)
             case "give":
                 given = await self._hypervisor.give_state(name, order.uri)
-                return w.VmAnswer(id=order.id, bytes=given)
+                return w.VmAnswer(id=order.id, given_bytes=given)
             case action:
                 await self._vm_do(action, order.vm)
                 return w.VmAnswer(id=order.id)

@@ -85,8 +85,8 @@ def announce(port: MovingPort, vn: Injector, tap: int) -> None:
     """Tell the other NVEs of the VN, and the tenants of this one.
 
     KernelFailure when a device is gone. To the other NVEs straight from the VXLAN device (`vn`):
-    the bridge keeps gratuitous ARP from it. To
-    the tenants here as if the VM had spoken, by its `tap`: so it does not hear of itself.
+    the bridge keeps gratuitous ARP from it. To the tenants here as if the VM had spoken, by its
+    `tap`: so it does not hear of itself.
     """
     frames = announcements(port.mac, port.ipv4, port.ipv6)
     for frame in frames:

@@ -25,14 +25,13 @@ from overland.dataplane.gate import (
     HOLD,
     MARK,
     PASS,
-    PATH_FRAME,
     TUNNEL_MARK,
     UNICAST_ONLY,
     Control,
     Gate,
 )
 from overland.dataplane.gates import Gates
-from overland.dataplane.hold import HoldQueue, Injector, Injectors, rescue
+from overland.dataplane.hold import PLUG, HoldQueue, Injector, Injectors, rescue
 from overland.dataplane.tap import TapTable, read_frames, ring_empty, vnet_header_bytes
 from overland.model.handover import MovingPort
 from overland.model.names import bridge_name, hold_name, mark, tunnel_name, vni_of
@@ -43,9 +42,6 @@ TUNNEL_PORT = 4788
 
 _OF_MOVES = (mark("tunnel", ""), mark("hold", ""))
 _HOLD_MTU = 65000
-PLUG = bytes(12) + PATH_FRAME.to_bytes(2, "big") + bytes(46)
-"""To nobody, from nobody: whatever a hypervisor makes of it, no guest takes it (HO-8)."""
-
 _DRAIN_LOOK_S = 0.0002
 _MARKER_AGAIN_S = 0.25
 """A marker can be lost like any frame; each that comes back proves the same."""

@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from overland.dataplane.devices import device_counts, interface_index
 from overland.dataplane.gate import MARK, PATH_FRAME
@@ -23,6 +23,9 @@ _SOL_PACKET, _PACKET_VNET_HDR = 263, 15
 _VIRTIO_NET_HDR_BYTES = 10
 _PATH_FRAME = PATH_FRAME.to_bytes(2, "big")
 _PATIENCE_S = 0.5
+
+PLUG = bytes(12) + _PATH_FRAME + bytes(46)
+"""To nobody, from nobody: whatever a hypervisor makes of it, no guest takes it (HO-8)."""
 
 
 class Injectors:
@@ -72,12 +75,12 @@ class Injector:
     def __init__(self, sock: socket.socket, device: str, vnet_header: int) -> None:
         self._sock = sock
         self._to = device, 0
-        self._vnet_header = vnet_header
+        self.vnet_header = vnet_header
 
     def send(self, frame: bytes) -> None:
         """Send one frame. KernelFailure when the device is gone or takes none for half a second."""
-        if self._vnet_header:
-            frame = frame[:_VIRTIO_NET_HDR_BYTES] + frame[self._vnet_header :]
+        if self.vnet_header:
+            frame = frame[:_VIRTIO_NET_HDR_BYTES] + frame[self.vnet_header :]
         deadline_s = time.monotonic() + _PATIENCE_S
         while True:
             try:
@@ -118,10 +121,13 @@ class HoldQueue:
 
 
 def rescue(fd: int, injector: Injector) -> int:
-    """Send on every frame that a stopped VM left in its tap's ring; returns how many."""
-    frames: Iterable[bytes] = read_frames(fd)
+    """Send on every frame that a stopped VM left in its tap's ring; returns how many.
+
+    A plug that it did not take is ours, and stays here.
+    """
     count = 0
-    for frame in frames:
-        injector.send(frame)
-        count += 1
+    for frame in read_frames(fd):
+        if frame[injector.vnet_header :] != PLUG:
+            injector.send(frame)
+            count += 1
     return count

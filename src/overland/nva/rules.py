@@ -247,15 +247,11 @@ def _reach(cluster: Cluster, host: Host, interfaces: tuple[Interface, ...]) -> I
 
 def move_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
     """Why VM `name` cannot move hot to host `to` now (checked before anything moves)."""
+    yield from _any_move_blockers(cluster, name, to)
     vm = cluster.vms.get(name)
     if vm is None:
-        yield _unknown("vm", name)
-        yield from host_blockers(cluster, to) if to not in cluster.hosts else ()
         return
     what = f"vm {name}"
-    yield from host_blockers(cluster, to)
-    if vm.host == to:
-        yield _no("same_host", what, f"it is on host {to} already", "choose another host")
     yield from (
         refusal for refusal in host_blockers(cluster, vm.host) if refusal.code == "host_not_ready"
     )
@@ -268,31 +264,37 @@ def move_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
     yield from _deaf_peers(cluster, vm, to)
     host = cluster.hosts.get(to)
     if host is not None and vm.host != to:
-        yield from _fits(cluster, host, vm)
-        yield from _reach(cluster, host, vm.interfaces)
         yield from _compatible(cluster.hosts.get(vm.host), host, vm)
 
 
 def cold_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
     """Why VM `name` cannot be moved to host `to` at rest."""
+    yield from _any_move_blockers(cluster, name, to)
     vm = cluster.vms.get(name)
     if vm is None:
-        yield _unknown("vm", name)
-        yield from host_blockers(cluster, to) if to not in cluster.hosts else ()
         return
-    what = f"vm {name}"
-    yield from host_blockers(cluster, to)
-    if vm.host == to:
-        yield _no("same_host", what, f"it is on host {to} already", "choose another host")
     if vm.state not in AT_REST:
         why = f"it is {vm.state}; a cold move needs a VM at rest"
-        yield _no("not_at_rest", what, why, f"`overland vm suspend {name}`, or move it hot")
+        yield _no("not_at_rest", f"vm {name}", why, f"`overland vm suspend {name}`, or move it hot")
     host, old = cluster.hosts.get(to), cluster.hosts.get(vm.host)
     if host is not None and vm.host != to:
-        yield from _fits(cluster, host, vm)
-        yield from _reach(cluster, host, vm.interfaces)
         # A saved state runs on only where it could have run before.
         yield from _compatible(old if vm.state == "suspended" else None, host, vm)
+
+
+def _any_move_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
+    """Why VM `name` cannot be on host `to`, in whatever way it would come there."""
+    vm, host = cluster.vms.get(name), cluster.hosts.get(to)
+    if vm is None:
+        yield _unknown("vm", name)
+        yield from host_blockers(cluster, to) if host is None else ()
+        return
+    yield from host_blockers(cluster, to)
+    if vm.host == to:
+        yield _no("same_host", f"vm {name}", f"it is on host {to} already", "choose another host")
+    elif host is not None:
+        yield from _fits(cluster, host, vm)
+        yield from _reach(cluster, host, vm.interfaces)
 
 
 def _deaf_peers(cluster: Cluster, vm: Vm, to: str) -> Iterator[Refused]:

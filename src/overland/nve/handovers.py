@@ -443,10 +443,12 @@ class _Performer:
         drained = asyncio.create_task(self._drained(effect.timeout_s))
         stopped = asyncio.create_task(self._hypervisor.stopped(self._vm))
         await asyncio.wait((drained, stopped), return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        if drained.cancel():
-            return m.Done(effect="AwaitDrained", number=0)  # nobody empties the ring any more
-        return m.Done(effect="AwaitDrained", number=int(await drained))
+        if drained.done():
+            stopped.cancel()
+            return m.Done(effect="AwaitDrained", number=int(await drained))
+        drained.cancel()
+        await stopped
+        return m.Done(effect="AwaitDrained", number=0)  # nobody empties the ring any more
 
     async def _drained(self, timeout_s: float) -> bool:
         return all([await self._path.port_drained(p.port, timeout_s) for p in self._part.ports])

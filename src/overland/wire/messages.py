@@ -61,12 +61,12 @@ class MoveReport(Message, frozen=True, kw_only=True, tag=True):
 
 
 class VmAnswer(Message, frozen=True, kw_only=True, tag=True):
-    """A VmOrder was carried out, or why not. `text`: where to give a state; `bytes`: given."""
+    """A VmOrder was carried out, or why not. `text`: where to give a state."""
 
     id: int
     failure: str | None = None
     text: str = ""
-    bytes: int = 0
+    given_bytes: int = 0
 
 
 class HostAnswer(Message, frozen=True, kw_only=True, tag=True):
