@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -133,7 +132,6 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Topology:
     """A lab of two hosts, all of whose daemons are this process."""
     monkeypatch.setattr("overland.lab.topology.LABS", tmp_path)
     monkeypatch.setattr("overland.lab.lab._inside", lambda _: [os.getpid()])
-    monkeypatch.setattr("overland.lab.lab.HELLO_S", 0.0)
     monkeypatch.setattr("overland.lab.lab.READY_LIMIT_S", 0.3)
     lab = topology("never", 2)
     lab.folder.mkdir()
@@ -155,65 +153,65 @@ def in_turn(*answers: Any) -> Callable[..., Any]:
     return answer
 
 
-def hosts(**ready: bool) -> list[dict[str, Any]]:
-    return [{"name": name, "ready": value} for name, value in ready.items()]
+def hosts(**since: int) -> list[dict[str, Any]]:
+    """What the NVA says of its hosts: `ready` outlives a connection by the lease."""
+    return [{"name": n, "ready": True, "connected_ns": at} for n, at in since.items()]
+
+
+BEFORE = {"h1": 5, "h2": 6}
 
 
 def test_a_restarted_nve_is_waited_for_although_its_lease_holds(
     lab: Topology, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks: list[int] = []
+    """The NVA may not have noticed its end yet, nor its new Hello."""
+    answers = [hosts(h1=5, h2=6), hosts(h1=0, h2=6), hosts(h1=7, h2=6)]
+    looks: list[Any] = []
+    answer = in_turn(*answers)
 
-    def connected(pid: int, address: str, port: int) -> bool:
-        assert (pid, address, port) == (os.getpid(), "10.200.0.254", 6640)
-        looks.append(pid)
-        return len(looks) > 3
+    def get(url: str) -> Any:
+        looks.append(url)
+        return answer()
 
-    monkeypatch.setattr(labs, "get", in_turn(hosts(h1=True, h2=False)))
-    monkeypatch.setattr(labs, "connected", connected)
-    labs.wait_back(lab, "h1", API, os.getpid())
-    assert len(looks) > 3
+    monkeypatch.setattr(labs, "get", get)
+    labs.wait_back(lab, "h1", API, os.getpid(), BEFORE)
+    assert looks == [f"{API}/v1/hosts"] * 3
 
 
 @pytest.mark.parametrize(
-    ("daemon", "connected", "answer", "who"),
+    ("daemon", "answer", "who"),
     [
-        ("h1", False, hosts(h1=True, h2=True), "h1"),
-        ("h1", True, hosts(h1=False, h2=True), "h1"),
-        ("h1", True, OSError("refused"), "nva"),
-        ("nva", True, OSError("refused"), "nva"),
-        ("nva", True, hosts(h1=True, h2=False), "h2"),
-        ("nva", True, [], "h1, h2"),
+        ("h1", hosts(h1=5, h2=6), "h1"),
+        ("h1", hosts(h1=0, h2=6), "h1"),
+        ("h1", hosts(h2=9), "h1"),
+        ("h1", OSError("refused"), "nva"),
+        ("nva", OSError("refused"), "nva"),
+        ("nva", hosts(h1=7, h2=0), "h2"),
+        ("nva", [], "h1, h2"),
     ],
 )
 def test_what_does_not_come_back_is_named_after_the_limit(
-    lab: Topology,
-    monkeypatch: pytest.MonkeyPatch,
-    daemon: str,
-    connected: bool,
-    answer: Any,
-    who: str,
+    lab: Topology, monkeypatch: pytest.MonkeyPatch, daemon: str, answer: Any, who: str
 ) -> None:
-    monkeypatch.setattr(labs, "connected", lambda *_: connected)
     monkeypatch.setattr(labs, "get", in_turn(answer))
     with pytest.raises(labs.LabFailure, match=f"^{who} did not get ready; logs in "):
-        labs.wait_back(lab, daemon, API, os.getpid())
+        labs.wait_back(lab, daemon, API, os.getpid(), BEFORE)
 
 
 def test_a_restarted_nva_is_waited_for_until_it_hears_every_nve(
     lab: Topology, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = [OSError("refused"), [], hosts(h1=True), hosts(h1=True, h2=True)]
+    answers = [OSError("refused"), [], hosts(h1=7), hosts(h1=7, h2=8)]
     monkeypatch.setattr(labs, "get", in_turn(*answers))
-    labs.wait_back(lab, "nva", API, os.getpid())
+    labs.wait_back(lab, "nva", API, os.getpid(), BEFORE)
 
 
 def test_an_nve_that_does_not_run_is_not_waited_for(
     lab: Topology, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (lab.folder / "h2.pid").write_text("0")
-    monkeypatch.setattr(labs, "get", in_turn(hosts(h1=True)))
-    labs.wait_back(lab, "nva", API, os.getpid())
+    monkeypatch.setattr(labs, "get", in_turn(hosts(h1=7)))
+    labs.wait_back(lab, "nva", API, os.getpid(), BEFORE)
 
 
 def test_a_daemon_that_ends_again_is_told_at_once(
@@ -223,7 +221,7 @@ def test_a_daemon_that_ends_again_is_told_at_once(
     with subprocess.Popen(["true"]) as ended:
         ended.wait()
         with pytest.raises(labs.LabFailure, match=r"^h1 ended again; its log is .*/h1\.log$"):
-            labs.wait_back(lab, "h1", API, ended.pid)
+            labs.wait_back(lab, "h1", API, ended.pid, BEFORE)
 
 
 def test_the_command_restarts_and_then_waits(
@@ -240,22 +238,13 @@ def test_the_command_restarts_and_then_waits(
         raise labs.LabFailure("h2 did not get ready; logs in there")
 
     monkeypatch.setattr("overland.cli.lab.LABS", lab.folder.parent)
+    monkeypatch.setattr(labs, "get", in_turn(hosts(**BEFORE)))
     monkeypatch.setattr(labs, "restart", lambda *_: 7)
     monkeypatch.setattr(labs, "wait_back", wait_back)
     monkeypatch.setattr("sys.argv", ["overland", "lab", "restart", "h2", "--lab", "never"])
     with pytest.raises(SystemExit) as ended:
         main()
-    assert did == [(lab, "h2", API, 7)]
+    assert did == [(lab, "h2", API, 7, BEFORE)]
     assert ended.value.code == Exit.ELSE
     said = "error: lab: h2 did not get ready; logs in there (code lab)\n"
     assert capsys.readouterr().err == said
-
-
-def test_a_connection_is_seen_in_the_kernel() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address, port = server.getsockname()
-        assert not labs.connected(os.getpid(), address, port)
-        with socket.create_connection((address, port)):
-            assert labs.connected(os.getpid(), address, port)
-            assert not labs.connected(1, address, port), "it is of another process"
-        assert not labs.connected(os.getpid(), address, port)

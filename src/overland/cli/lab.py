@@ -86,8 +86,9 @@ def restart(
     """
     api = lab_state(name)["api"]
     shape = _topology(name, labs.size(LABS / name))
+    before = labs.connections(api) or {}
     try:
-        labs.wait_back(shape, daemon, api, labs.restart(shape, daemon))
+        labs.wait_back(shape, daemon, api, labs.restart(shape, daemon), before)
     except (labs.LabFailure, OSError) as error:
         raise _failure(error) from None
     done({"restarted": daemon}, output)

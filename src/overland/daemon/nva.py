@@ -189,6 +189,7 @@ class Domain:
                 self._wire.send(host, w.VmOrder(id=next(self._numbers), action="stop", vm=vm))
 
     def disconnected(self, host: str) -> None:
+        self.authority.host_changed(host, connected_ns=0)
         loop = asyncio.get_running_loop()
         self._leases[host] = loop.call_later(self._config.lease_s, self._lease_ended, host)
 

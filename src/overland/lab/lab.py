@@ -24,8 +24,6 @@ from overland.lab.topology import UNDERLAY_MTU, WIRE_PORT, LabHost, Topology
 from overland.wire import tls
 
 READY_LIMIT_S = 60.0
-HELLO_S = 0.2
-"""TLS and Hello follow an NVE's TCP connection within milliseconds; nothing outside shows them."""
 
 NETNS = Path("/run/netns")
 
@@ -59,7 +57,7 @@ def up(lab: Topology) -> dict[str, Any]:
         state: dict[str, Any] = {"name": lab.name, "api": f"http://127.0.0.1:{port}"}
         (lab.folder / "state.json").write_text(json.dumps(state))
         names = {host.name for host in lab.hosts}
-        _wait(lab, lambda: _unready(state["api"], names))
+        _wait(lab, lambda: _away(state["api"], names, {}))
     except BaseException:
         down(lab.name, lab.folder, keep_logs=True)
         raise
@@ -229,11 +227,22 @@ def get(url: str) -> Any:
         return json.load(answer)
 
 
-def wait_back(lab: Topology, name: str, api: str, pid: int) -> None:
+def connections(api: str) -> dict[str, int] | None:
+    """Since when each NVE is connected to the NVA (CLOCK_REALTIME ns, 0: it is not).
+
+    None when the NVA itself does not answer.
+    """
+    try:
+        return {host["name"]: host["connected_ns"] for host in get(f"{api}/v1/hosts")}
+    except (OSError, ValueError):
+        return None
+
+
+def wait_back(lab: Topology, name: str, api: str, pid: int, before: dict[str, int]) -> None:
     """Return when daemon `name`, restarted as `pid`, does its work again; else LabFailure.
 
-    An NVA is back when it hears every NVE that runs. An NVE's `ready` at the NVA outlives its
-    connection by the lease, so there the connection itself is looked at as well.
+    An NVE is back when it is connected anew, which `before` (`connections` before the restart)
+    tells; an NVA when every NVE that runs is connected to it.
     """
     if name == lab.nva.name:
         needed = {host.name for host in lab.hosts if _pid(lab, host) in _inside([host.namespace])}
@@ -243,14 +252,9 @@ def wait_back(lab: Topology, name: str, api: str, pid: int) -> None:
     def missing() -> set[str]:
         if not _lives(pid):
             raise LabFailure(f"{name} ended again; its log is {lab.folder}/{name}.log")
-        if name in needed and not connected(pid, lab.nva.underlay_ipv4, WIRE_PORT):
-            return needed
-        return _unready(api, needed)
+        return _away(api, needed, before)
 
     _wait(lab, missing)
-    if name in needed:
-        time.sleep(HELLO_S)
-        _wait(lab, missing)
 
 
 def _wait(lab: Topology, missing: Callable[[], set[str]]) -> None:
@@ -262,26 +266,12 @@ def _wait(lab: Topology, missing: Callable[[], set[str]]) -> None:
         time.sleep(0.05)
 
 
-def _unready(api: str, names: set[str]) -> set[str]:
-    """Which of the hosts `names` the NVA does not call ready; the NVA itself if it is silent."""
-    try:
-        hosts = get(f"{api}/v1/hosts")
-    except (OSError, ValueError):
+def _away(api: str, names: set[str], before: dict[str, int]) -> set[str]:
+    """Which of the hosts `names` are not connected anew; the NVA itself if it is silent."""
+    since = connections(api)
+    if since is None:
         return {"nva"}
-    return names - {host["name"] for host in hosts if host["ready"]}
-
-
-def connected(pid: int, address: str, port: int) -> bool:
-    """Whether process `pid` has an established TCP connection to `address`, an IPv4 address."""
-    # The kernel writes an address as a number in the machine's own byte order.
-    number = int.from_bytes(socket.inet_aton(address), sys.byteorder)
-    established = [f"{number:08X}:{port:04X}", "01"]
-    process = Path(f"/proc/{pid}")
-    with contextlib.suppress(OSError):
-        rows = [line.split() for line in (process / "net/tcp").read_text().splitlines()]
-        sockets = {f"socket:[{row[9]}]" for row in rows if row[2:4] == established}
-        return any(os.readlink(fd) in sockets for fd in (process / "fd").iterdir())
-    return False
+    return {name for name in names if since.get(name, 0) in (0, before.get(name, 0))}
 
 
 def namespaces(name: str) -> list[str]:

@@ -37,6 +37,7 @@ class Host(Record, frozen=True, kw_only=True):
     """A machine with an NVE. `ready` while its NVE holds its lease at the NVA.
 
     `dead`: its lease has ended and no other host reaches it either; nobody is told of what it has.
+    `connected_ns`: when its NVE said Hello (CLOCK_REALTIME), 0 while it is not connected.
     `answers`: its kernel is known to answer others on the underlay, so silence means something.
     `blockers` are the NVE's own reasons why nothing can run there (no VXLAN, no QEMU, not root).
     """
@@ -53,6 +54,7 @@ class Host(Record, frozen=True, kw_only=True):
     cpu_models: tuple[str, ...] = ()
     blockers: tuple[str, ...] = ()
     ready: bool = False
+    connected_ns: int = 0
     dead: bool = False
     answers: bool = False
     drained: bool = False

@@ -108,7 +108,9 @@ class Authority:
         before = self.cluster.hosts.get(host.name)
         if before is not None:
             host = msgspec.structs.replace(host, drained=before.drained, answers=before.answers)
-        self.cluster.hosts[host.name] = msgspec.structs.replace(host, ready=True)
+        self.cluster.hosts[host.name] = msgspec.structs.replace(
+            host, ready=True, connected_ns=time.time_ns()
+        )
         return (
             before is None
             or before.dead
@@ -119,7 +121,7 @@ class Authority:
             )
         )
 
-    def host_changed(self, name: str, **facts: bool) -> None:
+    def host_changed(self, name: str, **facts: int) -> None:
         """Note what was found out about host `name` since; content with absence."""
         host = self.cluster.hosts.get(name)
         if host is not None:
@@ -146,7 +148,7 @@ class Authority:
         Not whether its NVE is there: that is found out anew.
         """
         async with self._lock:
-            host = msgspec.structs.replace(self.cluster.hosts[name], ready=False)
+            host = msgspec.structs.replace(self.cluster.hosts[name], ready=False, connected_ns=0)
             if self._kept_hosts.get(name) != host:
                 await self._write({f"host/{name}": host})
                 self._kept_hosts[name] = host
