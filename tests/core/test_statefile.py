@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,11 @@ async def test_what_is_not_whole_is_not_kept(tmp_path: Path, what: str) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
     writer.write(said + (5).to_bytes(8, "big"))
     writer.write(b"ab" if what == "cut" else b"abcde" + bytes(32))
-    writer.write_eof()
-    assert await reader.read() == b""
+    answer = b""
+    with contextlib.suppress(ConnectionError):  # it may hang up with a reset: much was unread
+        writer.write_eof()
+        answer = await reader.read()
+    assert answer == b""
     writer.close()
     assert not there.exists()
     assert not list(there.parent.iterdir())
