@@ -251,8 +251,12 @@ class Hypervisor(Protocol):
         """Return when more than `passes` rounds over memory were begun, or at the timeout."""
         ...
 
-    async def pace(self, vm: str, bytes_per_s: int) -> None:
-        """Send at most so fast from now on, until `finish`."""
+    async def pace(self, vm: str, bytes_per_s: int, leash_bytes: int | None) -> None:
+        """Send at most so fast from now on, until `finish`; 0 is no limit.
+
+        With a leash: of a transfer that would end the VM's run by itself, no more than so many
+        bytes after the last look (`transfer`), until the next call.
+        """
         ...
 
     async def finish(self, vm: str) -> None:

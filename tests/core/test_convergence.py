@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from overland.mobility.convergence import (
-    COUNTDOWN_BYTES_PER_S,
     SINGLE_ROUND_BYTES_PER_S,
     converged,
     first_pace,
+    leash,
     pace,
 )
 from overland.model.handover import Options, Transfer
@@ -26,22 +28,48 @@ def left(transfer: Transfer, mib: float) -> Transfer:
 
 
 @pytest.mark.parametrize(
-    ("mib", "rate", "stops"),
+    ("mib", "leashed_mib", "stops"),
     [
-        (128, SINGLE_ROUND_BYTES_PER_S, False),
-        (13, SINGLE_ROUND_BYTES_PER_S, False),
-        (12, COUNTDOWN_BYTES_PER_S, False),
-        (4, COUNTDOWN_BYTES_PER_S, False),
-        (3, COUNTDOWN_BYTES_PER_S, True),
-        (0, SINGLE_ROUND_BYTES_PER_S, False),
+        (128, 10.5, False),
+        (13, 10.5, False),
+        (12, 10.5, False),
+        (4, 2.5, False),
+        (3, 1.5, True),
+        (1, 0, True),
+        (0, 10.5, False),
     ],
 )
-def test_a_single_round_slows_in_its_countdown_and_stops_late_in_it(
-    mib: float, rate: int, stops: bool
+def test_a_single_round_is_on_a_leash_and_stops_late_in_its_countdown(
+    mib: float, leashed_mib: float, stops: bool
 ) -> None:
     """0 left is not the end but the time before QEMU has counted its memory."""
-    assert pace(left(SINGLE, mib), Options()) == rate
+    assert pace(left(SINGLE, mib), Options()) == SINGLE_ROUND_BYTES_PER_S
+    assert leash(left(SINGLE, mib)) == leashed_mib * MIB
     assert converged(left(SINGLE, mib), Options()) is stops
+
+
+@given(st.floats(0.01, 128), st.lists(st.floats(0, 12), max_size=40))
+def test_on_its_leash_a_single_round_never_ends_unseen(mib: float, written: list[float]) -> None:
+    """However much is written between two looks, the last part is there when it is decided.
+
+    Before the countdown a look may find any amount less left: pages of zeros cost nothing.
+    """
+    transfer = left(SINGLE, mib)
+    for each in written:
+        if converged(transfer, Options()):
+            return
+        may = leash(transfer)
+        assert may is not None
+        costly = min(transfer.remaining_bytes, transfer.countdown_bytes)
+        transfer = msgspec.structs.replace(
+            transfer, remaining_bytes=costly - min(int(each * MIB), may)
+        )
+        assert transfer.remaining_bytes >= min(mib, 12 / 8) * MIB - 1
+
+
+def test_several_rounds_need_no_leash() -> None:
+    """There QEMU goes on until it is told to finish."""
+    assert leash(left(ROUNDS, 20)) is None
 
 
 @pytest.mark.parametrize("mib", [100, 5])

@@ -364,9 +364,7 @@ class QemuHypervisor:
         await self.pause(vm)
         machine.migration = ""
         await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
-        await self._do(
-            machine, "migrate-set-parameters", **{"max-bandwidth": UNLIMITED_BYTES_PER_S}
-        )
+        await self._do(machine, "migrate-set-parameters", **_bandwidth(0))
         await self._do(machine, "migrate", uri=f"exec:cat > {shlex.quote(str(saved))}")
         await self._wait(machine, "saved state", lambda: machine.migration in _DONE, SAVE_LIMIT_S)
         if machine.migration == "failed":
@@ -427,21 +425,25 @@ class QemuHypervisor:
         machine.migration = ""
         machine.passes = 0
         await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
-        single = await self._single_round()
-        parameters = {
-            "max-bandwidth": UNLIMITED_BYTES_PER_S,  # the channel paces
-            "downtime-limit": 0 if single else PRECOPY_DOWNTIME_MS,
-        }
-        await self._do(machine, "migrate-set-parameters", **parameters)
         machine.let_go()
+        if not await self._single_round():
+            parameters = {"downtime-limit": PRECOPY_DOWNTIME_MS, **_bandwidth(bytes_per_s)}
+            await self._do(machine, "migrate-set-parameters", **parameters)
+            await self._do(machine, "migrate", uri=uri)
+            return
+        parameters = {"downtime-limit": 0, **_bandwidth(0)}
+        await self._do(machine, "migrate-set-parameters", **parameters)
         machine.channel = await Channel.open(uri)
         machine.channel.pace(bytes_per_s)
+        machine.channel.leash(COUNTDOWN_BYTES // 2)
         machine.channel.hand_to(machine.monitor)
         await self._do(machine, "getfd", fdname="memory")
         await self._do(machine, "migrate", uri="fd:memory")
 
     async def transfer(self, vm: str) -> Transfer:
         machine = self._machine(vm)
+        if machine.channel is not None:
+            machine.channel.mark()  # before the answer: what is written meanwhile counts
         said = await self._do(machine, "query-migrate")
         if machine.migration in ("", "setup"):
             # Until the new transfer is under way QEMU still tells of the one it came by.
@@ -465,21 +467,25 @@ class QemuHypervisor:
                     lambda: machine.passes > passes or machine.migration == "completed"
                 )
 
-    async def pace(self, vm: str, bytes_per_s: int) -> None:
-        channel = self._machine(vm).channel
-        if channel is not None:
-            channel.pace(bytes_per_s)
+    async def pace(self, vm: str, bytes_per_s: int, leash_bytes: int | None) -> None:
+        machine = self._machine(vm)
+        if machine.channel is None:
+            await self._do(machine, "migrate-set-parameters", **_bandwidth(bytes_per_s))
+            return
+        machine.channel.pace(bytes_per_s)
+        if leash_bytes is not None:
+            machine.channel.leash(leash_bytes)
 
     async def finish(self, vm: str) -> None:
         machine = self._machine(vm)
         # QEMU stops the VM itself as soon as it may: a single round when its rest is sent, which is
         # no longer paced, because the VM hears nothing meanwhile. It may already have done so.
         if machine.channel is not None:
-            machine.channel.pace(0)
+            machine.channel.release()
         if not await self._single_round():
             with contextlib.suppress(HypervisorFailure):
-                limit = {"downtime-limit": UNLIMITED_DOWNTIME_MS}
-                await self._do(machine, "migrate-set-parameters", **limit)
+                limits = {"downtime-limit": UNLIMITED_DOWNTIME_MS, **_bandwidth(0)}
+                await self._do(machine, "migrate-set-parameters", **limits)
 
     async def stopped(self, vm: str) -> int:
         machine = self._machine(vm)
@@ -521,6 +527,11 @@ class QemuHypervisor:
 
 def _capabilities() -> list[dict[str, Any]]:
     return [{"capability": "events", "state": True}]
+
+
+def _bandwidth(bytes_per_s: int) -> dict[str, int]:
+    """QEMU's own limit; 0 is none."""
+    return {"max-bandwidth": bytes_per_s or UNLIMITED_BYTES_PER_S}
 
 
 def _transfer(said: dict[str, Any]) -> Transfer:

@@ -13,15 +13,11 @@ GOAL_STOP_S = 0.02
 SINGLE_ROUND_BYTES_PER_S = 192 << 20
 """Of a single round: fast enough that little is written meanwhile, slow enough to be watched."""
 
-COUNTDOWN_BYTES_PER_S = 64 << 20
-"""In the countdown: so slow that a look which comes 30 ms late still comes before the end."""
-
 LAST_PART = 1 / 4
 """The part of the countdown with which the VM may be stopped."""
 
-TRICKLE_BYTES_PER_S = 8 << 20
-"""While the VM empties its ring, before the end; not slower, because the kernel goes on at a new
-pace only when the last segment of the old one is due (64 KiB: 8 ms)."""
+UNSEEN_PART = 1 / 8
+"""The part of the countdown that is never sent before the VM may be stopped."""
 
 
 def expected_stop_s(transfer: Transfer) -> float:
@@ -61,9 +57,19 @@ def pace(transfer: Transfer, options: Options) -> int:
     """Bytes/s at which to send from now on; 0 is no limit but the operator's (`--bandwidth`)."""
     if not transfer.countdown_bytes:
         return options.bandwidth_bytes_per_s or 0
-    near = _within(transfer, transfer.countdown_bytes)
-    ours = COUNTDOWN_BYTES_PER_S if near else SINGLE_ROUND_BYTES_PER_S
-    return min(ours, options.bandwidth_bytes_per_s or ours)
+    return first_pace(options)
+
+
+def leash(transfer: Transfer) -> int | None:
+    """Bytes that may be written before somebody looks again; None is no limit.
+
+    Of a single round: what is left before the countdown may cost nothing (pages of zeros), so until
+    it is reached as much as the countdown has, then as much as is left of it; but never the last.
+    """
+    if not transfer.countdown_bytes:
+        return None
+    sure = min(transfer.countdown_bytes, transfer.remaining_bytes or transfer.countdown_bytes)
+    return max(0, sure - int(transfer.countdown_bytes * UNSEEN_PART))
 
 
 def _within(transfer: Transfer, left_bytes: float) -> bool:

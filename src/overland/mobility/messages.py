@@ -327,9 +327,10 @@ class WatchTransfer(Do, frozen=True, kw_only=True, tag=True):
 
 
 class Pace(Do, frozen=True, kw_only=True, tag=True):
-    """Send memory at most so fast from now on."""
+    """Send memory at most so fast from now on, and no more than `leash_bytes` until the next."""
 
     bytes_per_s: int
+    leash_bytes: int | None = None
 
 
 class HoldPorts(Do, frozen=True, kw_only=True, tag=True):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import msgspec
 
-from overland.mobility.convergence import TRICKLE_BYTES_PER_S, converged, first_pace, pace
+from overland.mobility.convergence import converged, first_pace, leash, pace
 from overland.mobility.messages import (
     ArmPorts,
     AwaitDrained,
@@ -151,10 +151,11 @@ def _seen(part: Part, event: TransferSeen) -> PartStep:
     if converged(transfer, part.options):
         return _stop(part, late=transfer.status == "completed")
     watch: tuple[Do, ...] = (WatchTransfer(),)
-    rate = pace(transfer, part.options) if transfer.status == "active" else part.pace
-    if rate != part.pace:
-        part = msgspec.structs.replace(part, pace=rate)
-        watch = (Pace(bytes_per_s=rate), *watch)
+    if transfer.status == "active":
+        rate, more = pace(transfer, part.options), leash(transfer)
+        if rate != part.pace or more is not None:
+            part = msgspec.structs.replace(part, pace=rate)
+            watch = (Pace(bytes_per_s=rate, leash_bytes=more), *watch)
     step_bytes = transfer.total_bytes * PROGRESS_PART
     if transfer.passes == told.rounds and transfer.sent_bytes - told.sent_bytes < step_bytes:
         return msgspec.structs.replace(part, memory=told), watch
@@ -167,8 +168,7 @@ def _stop(part: Part, *, late: bool) -> PartStep:
     if late:
         return to(part, "stopping", HoldPorts(), AwaitStop())
     drain = AwaitDrained(timeout_s=DRAIN_LIMIT_S)
-    trickle = (Pace(bytes_per_s=TRICKLE_BYTES_PER_S),) if part.pace else ()
-    return to(part, "stopping", *trickle, HoldPorts(), drain)
+    return to(part, "stopping", HoldPorts(), drain)
 
 
 def _stopping(part: Part, event: Done) -> PartStep:

@@ -430,7 +430,7 @@ class _Performer:
 
     async def _Pace(self, effect: m.Do) -> None:
         assert isinstance(effect, m.Pace)
-        await self._hypervisor.pace(self._vm, effect.bytes_per_s)
+        await self._hypervisor.pace(self._vm, effect.bytes_per_s, effect.leash_bytes)
 
     async def _HoldPorts(self, _: m.Do) -> m.Done:
         at_ns = 0
