@@ -133,7 +133,7 @@ class Channel:
         self._pass(_ROOM_BYTES)
 
     def _pass(self, at_most: int) -> None:
-        """Splice what is there, at most so much, towards the network; what it does not take waits."""
+        """Splice what is there, at most so much, to the network; what it does not take waits."""
         try:
             if self._emptied() and at_most > 0:
                 self._take(at_most)

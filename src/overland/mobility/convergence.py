@@ -13,10 +13,10 @@ GOAL_STOP_S = 0.02
 SINGLE_ROUND_BYTES_PER_S = 192 << 20
 """Of a single round: fast enough that little is written meanwhile, slow enough to be watched."""
 
-LAST_PART = 1 / 4
+LAST_PART = 1 / 8
 """The part of the countdown with which the VM may be stopped."""
 
-UNSEEN_PART = 1 / 8
+UNSEEN_PART = 1 / 12
 """The part of the countdown that is never sent before the VM may be stopped."""
 
 
