@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from overland.lab.topology import UNDERLAY_MTU, WIRE_PORT, LabHost, Topology
+from overland.lab.topology import UNDERLAY_MTU, WIRE_PORT, LabHost, Topology, of_lab
 from overland.wire import tls
 
 READY_LIMIT_S = 60.0
@@ -276,7 +276,7 @@ def _away(api: str, names: set[str], before: dict[str, int]) -> set[str]:
 
 def namespaces(name: str) -> list[str]:
     """The network namespaces of lab `name`."""
-    return sorted(p.name for p in NETNS.glob(f"ovl-{name}-*")) if NETNS.exists() else []
+    return of_lab(name, [each.name for each in NETNS.iterdir()]) if NETNS.exists() else []
 
 
 def down(name: str, folder: Path, *, keep_logs: bool = False) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,3 +63,14 @@ def topology(name: str, hosts: int) -> Topology:
 
 def endpoint_namespace(lab: str, endpoint: str) -> str:
     return f"ovl-{lab}-e-{endpoint}"
+
+
+def of_lab(name: str, namespaces: Iterable[str]) -> list[str]:
+    """Those of all `namespaces` that are lab `name`'s; `a-b` is not a part of lab `a`.
+
+    A lab is known by its underlay's namespace; what several may claim is the longest name's.
+    """
+    mine = [each for each in namespaces if each.startswith(f"ovl-{name}-")]
+    ours = f"ovl-{name}-u", f"ovl-{name}-e-"
+    others = [each[:-1] for each in mine if each.endswith("-u") and not each.startswith(ours)]
+    return sorted(each for each in mine if not each.startswith(tuple(others)))
