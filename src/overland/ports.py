@@ -60,7 +60,7 @@ class GateCounters(Record, frozen=True, kw_only=True):
     sent in, the ones that another NVE had sent; this host's own tenants make no detour by it.
     `dropped`: copies of broadcasts that another path delivers. `overflowed`: the hold queue was
     full. `ring_full`: the port's own ring was full since the port was made. `first_passed_ns`: of
-    the first unicast frame.
+    the first unicast frame. `first_local_ns`: of the first one redirected that makes no detour.
     """
 
     passed: int = 0
@@ -72,6 +72,7 @@ class GateCounters(Record, frozen=True, kw_only=True):
     detoured: int = 0
     last_detoured_ns: int = 0
     first_passed_ns: int = 0
+    first_local_ns: int = 0
 
 
 class Tunnel(Record, frozen=True, kw_only=True):

@@ -18,6 +18,7 @@ import pytest
 from pyroute2 import AsyncIPRoute
 
 from overland.daemon import inside
+from overland.dataplane import gate
 from overland.dataplane.devices import silence
 from overland.dataplane.gate import PATH_FRAME
 from overland.dataplane.gates import Gates
@@ -230,6 +231,7 @@ async def test_frames_of_other_nves_are_counted_apart_from_our_own_tenants(bench
     counts = await bench.path.count_port(PORT)
     assert (counts.redirected, counts.detoured) == (46, 12)
     assert counts.last_detoured_ns > 0
+    assert counts.first_local_ns > 0
     await bench.path.close_tunnel(PORT, tunnel)
 
 
@@ -313,6 +315,22 @@ def _die(path: LinuxHandoverPath, port: str, tunnel: int) -> None:
     path._stop_forwarding(port, None)  # noqa: SLF001 - nobody is left to ask
     path._waiting.pop((port, None)).queue.close()  # noqa: SLF001
     path._silent(tunnel_name(tunnel))  # noqa: SLF001
+
+
+async def test_a_gate_of_another_release_is_replaced(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upgraded daemon finds gates whose counters have another size: they are not for it."""
+    async with AsyncIPRoute() as netlink:
+        with monkeypatch.context() as older:
+            older.setattr(gate, "COUNTER_BYTES", gate.COUNTER_BYTES + 8)
+            await Gates(netlink).ensure(PORT, "port")
+        heir = LinuxHandoverPath(netlink, Gates(netlink), bench.taps, bench.injectors)
+        await heir.arm_port(PORT, "under", 100)
+        numbers = bench.send(20)
+        assert bench.taken() == numbers
+        assert (await heir.count_port(PORT)).passed == 20
+        await heir.disarm_port(PORT)
 
 
 async def test_a_restarted_daemon_takes_a_released_gate_over(bench: Bench) -> None:

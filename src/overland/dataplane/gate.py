@@ -73,9 +73,9 @@ _SKB_MARK, _SKB_PROTOCOL, _SKB_INGRESS, _SKB_DATA, _SKB_DATA_END = 8, 16, 36, 76
 _TC_OK, _TC_SHOT = 0, 2
 _MAP_LOOKUP, _KTIME, _REDIRECT = 1, 5, 23
 _PASSED, _HELD, _REDIRECTED, _DROPPED = 0, 8, 16, 24
-_DETOURED, _LAST_DETOURED, _FIRST_PASSED = 32, 40, 48
+_DETOURED, _LAST_DETOURED, _FIRST_PASSED, _FIRST_LOCAL = 32, 40, 48, 56
 _CONTROL = struct.Struct("<IIIIQI4x")
-_COUNTERS = struct.Struct("<7Q")
+_COUNTERS = struct.Struct("<8Q")
 CONTROL_BYTES, COUNTER_BYTES = _CONTROL.size, _COUNTERS.size
 _KEY_BYTES = 8
 _ENTRIES = 4096
@@ -197,10 +197,16 @@ def gate_program(kind: GateKind, control_fd: int, counters_fd: int) -> bytes:
     _count(code, _REDIRECTED)
     code.load(W, R1, R6, _SKB_INGRESS)
     code.load(W, R2, R8, 24)
-    code.jump_reg("ne", R1, R2, "to_target")
+    code.jump_reg("ne", R1, R2, "local")
     _count(code, _DETOURED)
     code.call(_KTIME)
     code.store(DW, R7, _LAST_DETOURED, R0)
+    code.jump("always", R0, 0, "to_target")
+    code.label("local")
+    code.load(DW, R1, R7, _FIRST_LOCAL)
+    code.jump("ne", R1, 0, "to_target")
+    code.call(_KTIME)
+    code.store(DW, R7, _FIRST_LOCAL, R0)
     code.label("to_target")
     code.load(W, R1, R8, 4)
     _redirect(code)
@@ -313,7 +319,9 @@ class Gate:
             return GateCounters()
         passed, held, redirected, dropped, detoured, *stamps = _COUNTERS.unpack(raw)
         offset_ns = time.time_ns() - time.monotonic_ns()
-        last_detoured, first_passed = (stamp + offset_ns if stamp else 0 for stamp in stamps)
+        last_detoured, first_passed, first_local = (
+            stamp + offset_ns if stamp else 0 for stamp in stamps
+        )
         return GateCounters(
             passed=passed,
             held=held,
@@ -322,6 +330,7 @@ class Gate:
             detoured=detoured,
             last_detoured_ns=last_detoured,
             first_passed_ns=first_passed,
+            first_local_ns=first_local,
         )
 
     def close(self) -> None:
@@ -330,9 +339,9 @@ class Gate:
 
 
 async def attach(ip: AsyncIPRoute, index: int, parent: int, program_fd: int, name: str) -> None:
-    """Put a classifier at ingress or egress of device `index`."""
+    """Put a classifier at ingress or egress of device `index`, in place of one that is there."""
     await ip.tc(
-        "add-filter",
+        "replace-filter",
         "bpf",
         index,
         fd=program_fd,

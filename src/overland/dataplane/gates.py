@@ -30,17 +30,25 @@ class Gates:
             return self._gates[index]
         try:
             await self._clsact(index)
-            program = await gate.attached_program(self._ip, index, CLSACT_EGRESS)
-            if program is None:
-                self._gates[index] = await self._attach(index, kind)
-            else:
-                control, counters = sorted(
-                    bpf.maps_of_program(program), key=lambda each: each.value_bytes
-                )
-                self._gates[index] = Gate(control, counters)
+            self._gates[index] = await self._found(index) or await self._attach(index, kind)
         except NetlinkError as error:
             raise KernelFailure(f"gate at {device}: {error}") from None
         return self._gates[index]
+
+    async def _found(self, index: int) -> Gate | None:
+        """The gate in place; None when there is none, or one of another release of overland.
+
+        Such a one is replaced, in one step of the kernel; a move that was under way arms it anew.
+        """
+        program = await gate.attached_program(self._ip, index, CLSACT_EGRESS)
+        if program is None:
+            return None
+        maps = sorted(bpf.maps_of_program(program), key=lambda each: each.value_bytes)
+        if [each.value_bytes for each in maps] == [gate.CONTROL_BYTES, gate.COUNTER_BYTES]:
+            return Gate(*maps)
+        for each in maps:
+            each.close()
+        return None
 
     async def to_port(self, tunnel: str, port: str, mark: int) -> None:
         """Send everything that comes out of `tunnel` to `port`, and nowhere else."""

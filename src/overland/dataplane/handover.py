@@ -379,6 +379,7 @@ class LinuxHandoverPath:
             ring_full=device_counts(device).send_drops if kind == "port" else 0,
             last_detoured_ns=counters.last_detoured_ns,
             first_passed_ns=counters.first_passed_ns,
+            first_local_ns=counters.first_local_ns,
         )
 
     async def _entry(self, device: str, mac: str, remote: str) -> None:

@@ -73,8 +73,9 @@ def _gap(record: Handover) -> float | None:
     """What the network added to the stop: hold to STOP, and RESUME to the first frame direct.
 
     The VM heard nothing since the old gate closed, so that counts as well (ADR 0008). A frame that
-    came by the final path before RESUME waited in the tap's ring and was delivered at once. None
-    when no tenant sent anything by the final path.
+    came by the final path before RESUME waited in the tap's ring and was delivered at once. For the
+    old host's own tenants the tunnel is no detour, and so the final path. None when no tenant sent
+    anything.
     """
     before_ms = _ms(record.stop_ns, record.held_ns)
     after_ms = _ms(record.packets.first_direct_ns, record.resume_ns)

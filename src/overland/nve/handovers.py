@@ -567,6 +567,7 @@ class _Performer:
             redirected=so_far.redirected + gate.redirected,
             late=so_far.late + late,
             last_redirected_ns=max(so_far.last_redirected_ns, gate.last_detoured_ns),
+            first_direct_ns=gate.first_local_ns,
         )
 
 
