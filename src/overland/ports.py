@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Literal, Protocol
 
 from overland.model.cluster import Record, Vm
+from overland.model.forecast import Gauge
 from overland.model.handover import MovingPort
 from overland.model.handover import Transfer as Transfer
 from overland.model.nve import KernelState, Op, OpFailure
@@ -239,6 +240,10 @@ class Hypervisor(Protocol):
 
         It never runs by itself: only `resume` makes it run.
         """
+        ...
+
+    async def gauge(self, vm: str) -> Gauge:
+        """Measure how fast a running VM writes memory; takes about a second."""
         ...
 
     async def send(self, vm: str, uri: str, bytes_per_s: int) -> None:

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from overland.model.cluster import Boot, Endpoint, Interface, Network, Record, Refused, Vm
+from overland.model.forecast import Forecast
 from overland.model.handover import Handover, Options
 from overland.model.receipt import receipt
 from overland.nva.authority import Authority, Blocked
@@ -43,6 +44,10 @@ class Service(Protocol):
     async def cold_blockers(self, name: str, to: str) -> tuple[Refused, ...]: ...
 
     async def move_at_rest(self, name: str, to: str) -> str: ...
+
+    async def forecast(
+        self, name: str, to: str, options: Options
+    ) -> tuple[Forecast | None, tuple[Refused, ...]]: ...
 
     async def migrate(self, name: str, to: str, options: Options) -> str: ...
 
@@ -240,11 +245,12 @@ async def _migrate(service: Service, name: str, wish: MigrateWish) -> JSONRespon
             else service.migrate(name, wish.to, wish.options)
         )
         return _json({"id": await move}, 202)
+    forecast: Forecast | None = None
     if cold:
         blockers = await service.cold_blockers(name, wish.to)
     else:
-        blockers = service.authority.move_blockers(name, wish.to)
-    return _json({"vm": name, "to": wish.to, "blockers": blockers})
+        forecast, blockers = await service.forecast(name, wish.to, wish.options)
+    return _json({"vm": name, "to": wish.to, "blockers": blockers, "forecast": forecast})
 
 
 def _moves(app: FastAPI, service: Service) -> None:

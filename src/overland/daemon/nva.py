@@ -20,6 +20,7 @@ from overland.api.rest import create_app
 from overland.config import NvaConfig
 from overland.daemon import inside, run_first
 from overland.mobility import coordinator
+from overland.mobility.forecast import forecast, seen_before
 from overland.mobility.messages import (
     Activate,
     AnyOrder,
@@ -31,6 +32,7 @@ from overland.mobility.messages import (
     Retire,
 )
 from overland.model.cluster import Mapping, Refused, Vm
+from overland.model.forecast import Forecast
 from overland.model.handover import ENDED, Handover, Options
 from overland.model.receipt import receipt
 from overland.model.ticket import ticket_of
@@ -60,6 +62,7 @@ REPAIR_LIMIT_S = 3.0
 NEGATIVE_100MS = 20
 MEMBERS_DELAY_S = 0.1
 ANSWER_LIMIT_S = 3.0
+GAUGE_LIMIT_S = 4.0
 STATE_LIMIT_S = 600.0
 
 log = logging.getLogger(__name__)
@@ -465,8 +468,34 @@ class Domain:
         uri = (await self._order("take", vm, to)).text
         return (await self._order("give", vm, uri=uri, limit_s=STATE_LIMIT_S)).given_bytes
 
+    async def forecast(
+        self, name: str, to: str, options: Options
+    ) -> tuple[Forecast | None, tuple[Refused, ...]]:
+        """What a hot move would cost, and what stands against it; a VM is gauged for a second.
+
+        No forecast when something stands against it anyway, or its NVE does not answer.
+        """
+        blockers = self.authority.move_blockers(name, to)
+        if blockers:
+            return None, blockers
+        vm = self.authority.vm(name)
+        try:
+            gauge = (await self._order("gauge", vm, limit_s=GAUGE_LIMIT_S)).gauge
+        except Blocked as blocked:
+            log.warning("vm %s: no forecast: %s", name, blocked)
+            return None, ()
+        if gauge is None:
+            return None, ()
+        measured, filled = seen_before(self.authority.ended_moves.values(), vm, to)
+        found = forecast(gauge, options, measured_bytes_per_s=measured, filled=filled)
+        return found, tuple(rules.forecast_blockers(name, found, options))
+
     async def migrate(self, name: str, to: str, options: Options) -> str:
-        record = await self.authority.begin_move(uuid.uuid4().hex[:12], name, to, options)
+        expected, blockers = await self.forecast(name, to, options)
+        if blockers:
+            raise Blocked(blockers)
+        move_id = uuid.uuid4().hex[:12]
+        record = await self.authority.begin_move(move_id, name, to, options, expected)
         self.handovers.begin(record)
         return record.id
 

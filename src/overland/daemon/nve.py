@@ -249,6 +249,8 @@ class Nve:
             case "give":
                 given = await self._hypervisor.give_state(name, order.uri)
                 return w.VmAnswer(id=order.id, given_bytes=given)
+            case "gauge":
+                return w.VmAnswer(id=order.id, gauge=await self._hypervisor.gauge(name))
             case action:
                 await self._vm_do(action, order.vm)
                 return w.VmAnswer(id=order.id)

@@ -31,6 +31,7 @@ from overland.hypervisor.command import qemu_command
 from overland.hypervisor.countdown import COUNTDOWN_BYTES, long_firmware
 from overland.hypervisor.statefile import Taker, give
 from overland.model.cluster import Vm
+from overland.model.forecast import Gauge
 from overland.model.handover import Transfer
 from overland.ports import HypervisorFacts, HypervisorFailure, RunState
 
@@ -39,6 +40,8 @@ CONNECT_LIMIT_S = 10.0
 STOP_LIMIT_S = 5.0
 CANCEL_LIMIT_S = 0.5
 SAVE_LIMIT_S = 600.0
+GAUGE_S = 1
+GAUGE_LIMIT_S = 2.5
 _DONE = ("completed", "failed")
 UNLIMITED_BYTES_PER_S = 1 << 40
 UNLIMITED_DOWNTIME_MS = 2_000_000
@@ -420,6 +423,22 @@ class QemuHypervisor:
             path.unlink(missing_ok=True)
 
     # ------------------------------------------------------------ moving
+
+    async def gauge(self, vm: str) -> Gauge:
+        machine = self._machine(vm)
+        await self._do(machine, "calc-dirty-rate", **{"calc-time": GAUGE_S})
+        deadline_s = time.monotonic() + GAUGE_LIMIT_S
+        while (said := await self._do(machine, "query-dirty-rate"))["status"] != "measured":
+            if time.monotonic() > deadline_s:
+                raise HypervisorFailure(f"QEMU of {vm} does not say how fast its memory changes")
+            await asyncio.sleep(0.05)
+        countdown = COUNTDOWN_BYTES if await self._single_round() else 0
+        memory = await self._do(machine, "query-memory-size-summary")
+        return Gauge(
+            memory_bytes=int(memory["base-memory"]) + countdown,
+            dirty_bytes_per_s=float(said["dirty-rate"] << 20),
+            countdown_bytes=countdown,
+        )
 
     async def send(self, vm: str, uri: str, bytes_per_s: int) -> None:
         machine = self._machine(vm)

@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from overland.model.cluster import Family, Record, Vm
+from overland.model.forecast import Forecast
 
 Phase = Literal[
     "planned",
@@ -184,8 +185,9 @@ class Handover(Record, frozen=True, kw_only=True):
 
     `held_ns`: the old VM stopped receiving (gate closed). `stop_ns`, `resume_ns`: QEMU's events.
     `equal_ns`: the new copy is whole, both are stopped (R-09). `waiting` names the NVEs whose
-    answer the present phase needs. `restored`: an abort has the VM back at the old host. `closing`:
-    everybody was told to clean up. `deadline_s` is compared with Tick.
+    answer the present phase needs. `forecast`: what was expected before. `restored`: an abort has
+    the VM back at the old host. `closing`: everybody was told to clean up. `deadline_s` is compared
+    with Tick.
     """
 
     id: str
@@ -196,6 +198,7 @@ class Handover(Record, frozen=True, kw_only=True):
     peers: tuple[str, ...] = ()
     ports: tuple[MovingPort, ...]
     options: Options = Options()
+    forecast: Forecast | None = None
     phase: Phase = "planned"
     phases: tuple[PhaseAt, ...] = ()
     version: int

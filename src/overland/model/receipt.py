@@ -8,6 +8,8 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import msgspec
+
 from overland.model.handover import Handover
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -52,6 +54,7 @@ def receipt(record: Handover) -> dict[str, Any]:
             "rounds": record.memory.rounds,
             "digest": record.digest_new or None,
         },
+        "forecast": _forecast(record),
         "storage": {"sent_bytes": 0, "resent_bytes": 0},
         "packets": {
             "held": packets.held,
@@ -67,6 +70,27 @@ def receipt(record: Handover) -> dict[str, Any]:
         "tunnel_close_reason": record.close_reason,
         "peers": _peers(record),
     }
+
+
+def _forecast(record: Handover) -> dict[str, Any] | None:
+    """What was expected, what came, and by how much it was wrong (R-69); None without a forecast.
+
+    `sent_bytes` are those sent while the VM ran; the rest goes while it is stopped.
+    """
+    if record.forecast is None:
+        return None
+    entered = {each.phase: each.at_ns for each in record.phases}
+    real = {
+        "sent_bytes": record.memory.sent_bytes if record.stop_ns else None,
+        "copy_ms": _ms(entered.get("paused", 0), entered.get("precopy", 0)),
+        "stop_ms": _ms(record.resume_ns, record.stop_ns),
+    }
+    expected: dict[str, Any] = msgspec.to_builtins(record.forecast)
+    error = {
+        key: None if value is None else round(value - expected[key], 3)
+        for key, value in real.items()
+    }
+    return expected | {"real": real, "error": error}
 
 
 def _gap(record: Handover) -> float | None:

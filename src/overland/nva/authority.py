@@ -14,6 +14,7 @@ from typing import TypeVar
 import msgspec
 
 from overland.model.cluster import Endpoint, Host, Interface, Network, Refused, Vm
+from overland.model.forecast import Forecast
 from overland.model.handover import ENDED, Handover, Memory, MovingPort, Options, PhaseAt
 from overland.model.names import port_name, vxlan_name
 from overland.nva import rules
@@ -254,12 +255,16 @@ class Authority:
         blockers = rules.cold_blockers if cold else rules.move_blockers
         return tuple(blockers(self.cluster, name, to))
 
-    async def begin_move(self, move_id: str, name: str, to: str, options: Options) -> Handover:
+    async def begin_move(
+        self, move_id: str, name: str, to: str, options: Options, forecast: Forecast | None = None
+    ) -> Handover:
         """Journal a new move; Blocked with every reason when it may not begin."""
         async with self._lock:
             _stop_if(rules.move_blockers(self.cluster, name, to))
             vm = self._vm(name)
-            record = self._planned(move_id, vm, to, options)
+            record = msgspec.structs.replace(
+                self._planned(move_id, vm, to, options), forecast=forecast
+            )
             moving = msgspec.structs.replace(vm, move=move_id)
             await self._write({f"move/{move_id}": record, f"vm/{name}": moving})
             self.cluster.vms[name] = moving

@@ -14,6 +14,8 @@ from overland.model.cluster import (
     Vm,
     VmState,
 )
+from overland.model.forecast import Forecast
+from overland.model.handover import Options
 from overland.model.names import (
     OVERHEAD_BYTES,
     default_mac,
@@ -265,6 +267,28 @@ def move_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
     host = cluster.hosts.get(to)
     if host is not None and vm.host != to:
         yield from _compatible(cluster.hosts.get(vm.host), host, vm)
+
+
+def forecast_blockers(name: str, forecast: Forecast, options: Options) -> Iterator[Refused]:
+    """Why a move with that forecast would not come to its end as the operator wishes it.
+
+    Who says `--timeout-action pause` wants it all the same.
+    """
+    if options.timeout_action == "pause":
+        return
+    what = f"vm {name}"
+    if not forecast.converges:
+        hint = (
+            f"`--timeout-action pause` stops it in any case; `--max-downtime "
+            f"{forecast.stop_ms / 1000:.1f}s`, or more `--bandwidth`, lets it be equal"
+        )
+        yield _no("not_converging", what, forecast.note, hint)
+    elif forecast.copy_ms > options.timeout_s * 1000:
+        why = (
+            f"its memory takes about {forecast.copy_ms / 1000:.0f} s at "
+            f"{forecast.rate_bytes_per_s / 2**20:.0f} MiB/s, --timeout is {options.timeout_s:g} s"
+        )
+        yield _no("too_slow", what, why, "a longer `--timeout`, or more `--bandwidth`")
 
 
 def cold_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
