@@ -77,6 +77,7 @@ def _record() -> Handover:
     )
     return Handover(
         id="m",
+        mode="warm",
         vm=Vm(name="web", host="h1", interfaces=(interface,)),
         old_nve="h1",
         new_nve="h2",

@@ -21,10 +21,10 @@ CONNECT_LIMIT_S = 5.0
 
 
 class Channel:
-    """One memory stream, seen from its sending end."""
+    """One memory stream, seen from its sending end: `sock`, which QEMU has as well."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+        self.sock = sock
 
     @classmethod
     async def open(cls, uri: str) -> Channel:
@@ -48,7 +48,7 @@ class Channel:
 
     def hand_to(self, monitor: socket.socket) -> None:
         """Send a copy of the descriptor along with whatever QMP command comes next."""
-        socket.send_fds(monitor, [b" "], [self._sock.fileno()])
+        socket.send_fds(monitor, [b" "], [self.sock.fileno()])
 
     def pace(self, bytes_per_s: int) -> None:
         """Send at most so much from now on; 0 is no limit.
@@ -59,11 +59,9 @@ class Channel:
         buffer = _PACED_BUFFER_BYTES if bytes_per_s else _FREE_BUFFER_BYTES
         rate = bytes_per_s or _UNPACED
         with contextlib.suppress(OSError):  # the other end is gone: QEMU will say so
-            self._sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, buffer)
-            self._sock.setsockopt(
-                socket.SOL_SOCKET, _SO_MAX_PACING_RATE, rate.to_bytes(8, "little")
-            )
+            self.sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, buffer)
+            self.sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, rate.to_bytes(8, "little"))
 
     def close(self) -> None:
         """Let go of our copy; QEMU's stays open."""
-        self._sock.close()
+        self.sock.close()
