@@ -231,7 +231,9 @@ def states(client: Client, move: str) -> Iterator[dict[str, Any]]:
 
 
 def _headline(state: dict[str, Any]) -> str:
-    memory = state["progress"]
+    memory, taken = state["progress"], state["checkpoints"]
+    if state["phase"] == "precopy" and taken and not memory["sent_bytes"]:
+        return f"precopy: {taken['count']} checkpoints, the newest of {taken['last_at'] or '-'}"
     rate = memory["bandwidth_bytes_per_s"]
     forecast = f", stop about {memory['remaining_bytes'] / rate * 1000:.0f} ms" if rate else ""
     return (
