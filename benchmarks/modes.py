@@ -1,4 +1,4 @@
-"""A cold move of a suspended VM beside a bare copy of its saved state between the same hosts."""
+"""Cold: a suspended VM beside a bare copy of its state. Warm: pauses and points of recovery."""
 
 from __future__ import annotations
 
@@ -64,37 +64,66 @@ def moved_ms(api: str, new: str) -> float:
     return 1000 * (time.perf_counter() - began_s)
 
 
-def measure(moves: int) -> dict[str, Any]:
+def cold(lab: Lab, moves: int) -> dict[str, Any]:
+    copies, colds, sizes = [], [], []
+    for _ in range(moves):
+        old, new = lab.where(), lab.next_host()
+        ok("vm", "suspend", "web")
+        state = LABS / LAB / "run" / old / "suspended" / "web"
+        sizes.append(state.stat().st_size)
+        copies.append(copied_ms(state, old, new))
+        colds.append(moved_ms(lab.api, new))
+        ok("vm", "resume", "web")
+    return {"copies_ms": copies, "cold_ms": colds, "bytes": sizes}
+
+
+def warm(lab: Lab, moves: int) -> list[dict[str, Any]]:
+    """Receipts of warm moves, ten checkpoints each at an interval of a second."""
+    options = ("--warm", "--interval", "1s", "--checkpoints", "10", "-o", "json")
+    return [ok("vm", "migrate", "web", "--to", lab.next_host(), *options) for _ in range(moves)]
+
+
+def measure(moves: int, warm_moves: int) -> dict[str, Any]:
     lab = Lab(LAB)
     lab.up("ov.dirty=32,20")
-    copies, colds, sizes = [], [], []
     try:
-        for _ in range(moves):
-            old, new = lab.where(), lab.next_host()
-            ok("vm", "suspend", "web")
-            state = LABS / LAB / "run" / old / "suspended" / "web"
-            sizes.append(state.stat().st_size)
-            copies.append(copied_ms(state, old, new))
-            colds.append(moved_ms(lab.api, new))
-            ok("vm", "resume", "web")
+        return cold(lab, moves) | {"warm": warm(lab, warm_moves)}
     finally:
         lab.down()
-    return {"copies_ms": copies, "cold_ms": colds, "bytes": sizes}
+
+
+def say_cold(found: dict[str, Any]) -> None:
+    moved, copy = statistics.median(found["cold_ms"]), statistics.median(found["copies_ms"])
+    print(
+        f"{len(found['cold_ms'])} cold moves of a suspended VM of 128 MiB, "
+        f"{statistics.median(found['bytes']) / 2**20:.0f} MiB of state: {moved:.0f} ms (median), "
+        f"a bare copy {copy:.0f} ms, ratio {moved / copy:.2f}"
+    )
+
+
+def say_warm(receipts: list[dict[str, Any]]) -> None:
+    took = [each["checkpoints"] for each in receipts]
+    count = sum(each["count"] for each in took)
+    print(
+        f"{len(took)} warm moves of a VM of 128 MiB, {count} checkpoints "
+        f"at an interval of 1 s: pause {statistics.median(e['pause_ms'] for e in took):.1f} ms "
+        f"(median), point of recovery at most {max(e['worst_age_ms'] for e in took):.0f} ms old, "
+        f"stop {statistics.median(each['vm_stop_ms'] for each in receipts):.0f} ms (median)"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--moves", type=int, default=10)
+    parser.add_argument("--warm-moves", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("out/bench-modes.json"))
     options = parser.parse_args()
     os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="modes-")  # a context of our own
-    found = measure(options.moves)
-    cold, copy = statistics.median(found["cold_ms"]), statistics.median(found["copies_ms"])
-    print(
-        f"{options.moves} cold moves of a suspended VM of 128 MiB, "
-        f"{statistics.median(found['bytes']) / 2**20:.0f} MiB of state: {cold:.0f} ms (median), "
-        f"a bare copy {copy:.0f} ms, ratio {cold / copy:.2f}"
-    )
+    found = measure(options.moves, options.warm_moves)
+    if found["cold_ms"]:
+        say_cold(found)
+    if found["warm"]:
+        say_warm(found["warm"])
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1))
 

@@ -7,10 +7,12 @@ A port is small and level-based: the caller states what should be. Adapters live
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Literal, Protocol
 
 from overland.model.cluster import Record, Vm
-from overland.model.handover import MovingPort
+from overland.model.forecast import Gauge
+from overland.model.handover import Checkpoint, MovingPort
 from overland.model.handover import Transfer as Transfer
 from overland.model.nve import KernelState, Op, OpFailure
 
@@ -242,8 +244,44 @@ class Hypervisor(Protocol):
         """
         ...
 
+    async def gauge(self, vm: str) -> Gauge:
+        """Measure how fast a running VM writes memory; takes about a second."""
+        ...
+
     async def send(self, vm: str, uri: str, bytes_per_s: int) -> None:
         """Begin to send; the VM keeps running until `finish`, or until nothing is left to send."""
+        ...
+
+    async def keep_checkpoints(self, vm: str, listen: str) -> str:
+        """Take checkpoints of `vm` at underlay address `listen`; the URI to send them to.
+
+        Only whole ones are kept, each in place of the one before.
+        """
+        ...
+
+    async def refuse_checkpoints(self, vm: str) -> None:
+        """Take no more; what is whole stays. Content with absence."""
+        ...
+
+    async def drop_checkpoint(self, vm: str) -> None:
+        """Take no more, and forget what was taken. Content with absence."""
+        ...
+
+    async def checkpoint(
+        self, vm: str, uri: str, bytes_per_s: int, still: AbstractAsyncContextManager[None]
+    ) -> Checkpoint:
+        """Send the running VM's whole state of one instant to `uri`; it is whole there on return.
+
+        `still` is entered before the VM is stopped for that instant, and left when it runs again.
+        HypervisorFailure when it is not, or when `cancel` was called meanwhile: the VM runs on.
+        """
+        ...
+
+    async def recover(self, vm: Vm, ports: Sequence[str]) -> int:
+        """Run the newest checkpoint that was taken here; the instant it holds (CLOCK_REALTIME ns).
+
+        It stays until the VM runs.
+        """
         ...
 
     async def transfer(self, vm: str) -> Transfer: ...

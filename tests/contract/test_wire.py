@@ -14,7 +14,9 @@ import pytest
 
 from overland.config import NvaConfig, Tls
 from overland.daemon.nva import Domain
-from overland.model.cluster import Endpoint, Host, Interface, Network, Vm
+from overland.mobility import messages as m
+from overland.model.cluster import Boot, Endpoint, Host, Interface, Network, Vm
+from overland.model.handover import Checkpoints, Handover, Options, PhaseAt
 from overland.nva.authority import Blocked
 from overland.wire import messages as w
 from overland.wire import tls
@@ -31,6 +33,7 @@ class Nve:
         self.host = Host(name=name, underlay_ipv4=f"192.0.2.{name[1:]}", underlay_mtu=9000)
         self.known: dict[str, int] = {}
         self.vms: dict[str, str] = {}
+        self.moves: tuple[str, ...] = ()
         self._url = urls[-1]
         self._heard: asyncio.Queue[w.FromNva] = asyncio.Queue()
         pair = certificate or name
@@ -42,7 +45,13 @@ class Nve:
         self.say = self._link.send
 
     def _hello(self) -> w.Hello:
-        return w.Hello(protocol=w.PROTOCOL, host=self.host, known=self.known, vms=self.vms)
+        return w.Hello(
+            protocol=w.PROTOCOL,
+            host=self.host,
+            known=self.known,
+            vms=self.vms,
+            moves=self.moves,
+        )
 
     def connect(self) -> None:
         self._task = asyncio.create_task(self._link.run())
@@ -393,6 +402,128 @@ async def test_who_has_a_copy_that_the_record_denies_is_told_to_stop_it(world: W
     order = await two.hears(w.VmOrder)
     assert (order.action, order.vm.name) == ("stop", "web")
     assert world.domain.authority.cluster.vms["web"].host == "h1"
+
+
+async def lost_host(world: World) -> tuple[Nve, Nve]:
+    """VM web was on h1, moved warm to h2, and h1 was lost while checkpoints existed."""
+    one, two = world.nve("h1"), world.nve("h2")
+    for nve in (one, two):
+        nve.host = msgspec.structs.replace(nve.host, memory_total_mib=4096, accelerator="tcg")
+        nve.connect()
+        await nve.hears(w.Welcome)
+    authority = world.domain.authority
+    await authority.create_network(Network(name="blue", vni=42))
+    face = Interface(network="blue", mac="02:00:00:00:00:09")
+    web = Vm(name="web", host="h1", state="running", interfaces=(face,), version=4)
+    await authority._write({"vm/web": web})  # noqa: SLF001 - as it was left
+    authority.cluster.vms["web"] = web
+    authority.ended_moves["m1"] = Handover(
+        id="m1",
+        vm=web,
+        mode="warm",
+        old_nve="h1",
+        new_nve="h2",
+        ports=(),
+        options=Options(checkpoints=3),
+        version=4,
+        phase="aborted",
+        outcome="aborted",
+        lost=True,
+        phases=(PhaseAt(phase="planned", at_ns=1),),
+        checkpoints=Checkpoints(count=2, at_ns=7),
+    )
+    return one, two
+
+
+async def away(world: World, nve: Nve) -> None:
+    """The NVE's lease has ended."""
+    await nve.leave()
+    async with asyncio.timeout(LIMIT_S):
+        while world.domain.authority.cluster.hosts[nve.host.name].ready:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.req("R-12")
+@pytest.mark.req("R-14")
+async def test_a_vm_is_recovered_only_when_its_former_copy_cannot_run(world: World) -> None:
+    """R-14: its host is dead, or the operator says that it is off; not while it answers."""
+    one, two = await lost_host(world)
+    domain = world.domain
+    with pytest.raises(Blocked, match="host h1 is there, and may run it"):
+        await domain.recover("web", fenced=True)
+    await away(world, one)
+    with pytest.raises(Blocked, match="away, but not known to be dead"):
+        await domain.recover("web", fenced=False)
+    assert domain.authority.vm("web").host == "h1"
+    recovering = asyncio.create_task(domain.recover("web", fenced=True))
+    order = await two.hears(w.VmOrder)
+    assert (order.action, order.vm.host, order.vm.version) == ("recover", "h2", 5)
+    two.say(w.VmAnswer(id=order.id, at_ns=10**9))
+    told = await recovering
+    assert (told["host"], told["version"]) == ("h2", 5)
+    assert told["recovery_point"] == "1970-01-01T00:00:01.000000Z"
+    assert told["age_ms"] > 10**9
+    vm = domain.authority.vm("web")
+    assert (vm.state, vm.host, vm.version) == ("running", "h2", 5)
+    with pytest.raises(Blocked, match="no warm move has left a whole checkpoint"):
+        await domain.recover("web", fenced=True)
+
+
+@pytest.mark.req("R-12")
+async def test_a_recovery_that_fails_may_be_tried_again(world: World) -> None:
+    """The record has changed before anything runs; what failed after that is said, and repeated."""
+    one, two = await lost_host(world)
+    await away(world, one)
+    for failure in ("disk full", None):
+        recovering = asyncio.create_task(world.domain.recover("web", fenced=True))
+        order = await two.hears(w.VmOrder)
+        assert (order.action, order.vm.version) == ("recover", 5)
+        two.say(w.VmAnswer(id=order.id, failure=failure, at_ns=1))
+        if failure:
+            with pytest.raises(Blocked, match="disk full"):
+                await recovering
+            assert world.domain.authority.vm("web").state == "crashed"
+        else:
+            assert (await recovering)["version"] == 5
+    assert world.domain.authority.vm("web").state == "running"
+
+
+@pytest.mark.req("R-14")
+async def test_an_old_copy_that_comes_back_after_a_recovery_is_ended_before_all(
+    world: World,
+) -> None:
+    """R-14: the move that it still has a part in was aborted, which else means: run on."""
+    one, two = await lost_host(world)
+    await away(world, one)
+    recovering = asyncio.create_task(world.domain.recover("web", fenced=True))
+    order = await two.hears(w.VmOrder)
+    two.say(w.VmAnswer(id=order.id, at_ns=1))
+    await recovering
+    again = world.nve("h1")
+    again.host, again.vms, again.moves = one.host, {"web": "running"}, ("m1",)
+    again.connect()
+    stop = await again.hears(w.VmOrder)
+    assert (stop.action, stop.vm.name) == ("stop", "web")
+    assert again._heard.empty()  # noqa: SLF001 - nothing of the move before that is done
+    again.say(w.VmAnswer(id=stop.id))
+    assert (await again.hears(w.MoveOrder)).order == m.Restore(move="m1")
+
+
+async def test_a_vm_with_a_disk_does_not_move_warm(world: World) -> None:
+    """A checkpoint holds memory only; disk and memory have to be of one instant."""
+    await lost_host(world)
+    authority = world.domain.authority
+    vm = authority.vm("web")
+    authority.cluster.vms["web"] = msgspec.structs.replace(vm, boot=Boot(image="/x"))
+
+    def codes(options: Options) -> set[str]:
+        return {each.code for each in authority.live_blockers("web", "h2", options)}
+
+    assert codes(Options()) == set()
+    assert codes(Options(checkpoints=3)) == {"disk_not_in_checkpoint"}
+    authority.cluster.vms["web"] = vm
+    assert codes(Options(checkpoints=3)) == set()
+    assert codes(Options(checkpoints=3, interval_s=0.0)) == {"malformed"}
 
 
 @pytest.mark.req("N-09")

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import msgspec
+
 from overland.mobility import messages as m
 from overland.mobility import new_nve, old_nve, peer_nve
 from overland.mobility.coordinator import step
 from overland.mobility.nve import Part, PartStep
 from overland.model.handover import ENDED, Handover, Transfer
-from tests.core.moves import NEW, OLD, PEER, PORT, VM, planned
+from tests.core.moves import CHECKPOINT, NEW, OLD, PEER, PORT, VM, planned
 
 MACHINES = {"old": old_nve, "new": new_nve, "peer": peer_nve}
 ROLES = {OLD: "old", NEW: "new", PEER: "peer"}
@@ -84,6 +86,8 @@ class Conversation:
             role = ROLES[nve]
             vm = None if role == "peer" else VM
             part = Part(move="m1", nve=nve, role=role, vm=vm, ports=(PORT,))  # type: ignore[arg-type]
+            if not isinstance(event, m.PreparePeer):
+                part = msgspec.structs.replace(part, options=event.options)
             self._take(nve, MACHINES[role].begin(part))
         elif nve in self.parts:
             part = self.parts[nve]
@@ -124,6 +128,13 @@ class Conversation:
         if isinstance(effect, m.WatchTransfer):
             seen = Transfer(status="active", passes=2, bandwidth_bytes_per_s=1e9)
             self._nve(nve, m.TransferSeen(transfer=seen))
+            return
+        if isinstance(effect, m.TakeCheckpoint):
+            assert nve in self.running
+            self.transcript.append(f"{nve}: {name}")
+            number = self.parts[nve].checkpoints
+            taken = msgspec.structs.replace(CHECKPOINT, at_ns=CHECKPOINT.at_ns + number)
+            self._nve(nve, m.CheckpointSeen(checkpoint=taken))
             return
         if isinstance(effect, m.AwaitCopy) and OLD in self.running:
             if self.parts[nve].stage == "awaiting":

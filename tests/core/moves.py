@@ -9,7 +9,15 @@ import msgspec
 from overland.mobility import messages as m
 from overland.mobility.coordinator import step
 from overland.model.cluster import Interface, Vm
-from overland.model.handover import Handover, Memory, MovingPort, Phase, PhaseAt
+from overland.model.handover import (
+    Checkpoint,
+    Handover,
+    Memory,
+    MovingPort,
+    Options,
+    Phase,
+    PhaseAt,
+)
 
 OLD, NEW, PEER = "h1", "h2", "h3"
 
@@ -47,6 +55,14 @@ def planned() -> Handover:
         version=1,
         phases=(PhaseAt(phase="planned", at_ns=1),),
     )
+
+
+CHECKPOINT = Checkpoint(at_ns=5, kept_ns=8, sent_bytes=100, pause_ms=2.0)
+
+
+def warm() -> Handover:
+    """A warm move of two checkpoints, as the authority journals it first."""
+    return msgspec.structs.replace(planned(), mode="warm", options=Options(checkpoints=2))
 
 
 _TO_PHASE: dict[Phase, tuple[m.CoordinatorEvent, ...]] = {
@@ -90,6 +106,7 @@ def every_event() -> list[m.CoordinatorEvent]:
     events: list[m.CoordinatorEvent] = [
         m.Start(),
         m.Prepared(move="m1", nve=OLD),
+        m.Checkpointed(move="m1", nve=OLD, checkpoint=CHECKPOINT),
         m.Progress(move="m1", nve=OLD, memory=Memory(rounds=2)),
         m.Flowing(move="m1", nve=OLD, held_ns=10),
         m.Stopped(move="m1", nve=OLD, held_ns=10, stop_ns=20, memory=Memory()),

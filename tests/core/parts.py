@@ -11,7 +11,7 @@ from overland.mobility import messages as m
 from overland.mobility.nve import Part, PartStep, Stage
 from overland.model.handover import Options, Transfer
 from tests.core.conversation import MACHINES
-from tests.core.moves import NEW, OLD, PEER, PORT, VM
+from tests.core.moves import CHECKPOINT, NEW, OLD, PEER, PORT, VM
 
 Role = Literal["old", "new", "peer"]
 NAMES: dict[Role, str] = {"old": OLD, "new": NEW, "peer": PEER}
@@ -20,7 +20,9 @@ GOING_ON = m.TransferSeen(transfer=Transfer(status="active", passes=1))
 CONVERGED = m.TransferSeen(transfer=Transfer(status="active", passes=2, bandwidth_bytes_per_s=1e9))
 TORN = m.TransferSeen(transfer=Transfer(status="failed", error="torn"))
 
-SEND = m.Send(move="m1", uri="tcp:x:1")
+SEEN = m.CheckpointSeen(checkpoint=CHECKPOINT)
+
+SEND = m.Send(move="m1", uri="tcp:x:1", keep_uri="checkpoint:x|1|00")
 STEER = m.Steer(move="m1")
 BACK = m.Steer(move="m1", back=True)
 ACTIVATE = m.Activate(move="m1", version=2)
@@ -28,6 +30,7 @@ RETIRE = m.Retire(move="m1", version=2)
 GIVE_BACK = m.GiveBack(move="m1")
 RESTORE = m.Restore(move="m1")
 CLOSE = m.Close(move="m1")
+CLOSE_AND_KEEP = m.Close(move="m1", keep=True)
 
 ORDERS: dict[str, m.AnyOrder] = {
     "PrepareNew": m.PrepareNew(move="m1", vm=VM, version=1, ports=(PORT,)),
@@ -43,16 +46,19 @@ ORDERS: dict[str, m.AnyOrder] = {
     "GiveBack": GIVE_BACK,
     "Restore": RESTORE,
     "Close": CLOSE,
+    "Close and keep": CLOSE_AND_KEEP,
 }
 
 EFFECTS: dict[Role, tuple[str, ...]] = {
     "old": (
         *("Forget", "MakeTunnel", "ArmPorts", "ProvePath", "BeginSend", "WatchTransfer", "Pace"),
+        *("TakeCheckpoint", "AwaitInterval"),
         *("HoldPorts", "AwaitDrained", "FinishSend", "ReleaseInto", "AwaitStop", "TakeDigest"),
         *("MuteBroadcast", "CancelSend", "SteerHere", "ResumeVm", "CleanUp", "StopCopy"),
     ),
     "new": (
         *("DropStale", "Forget", "ArmPorts", "QuietPorts", "MakeTunnel", "ArmPeers"),
+        *("KeepCheckpoints", "RefuseCheckpoints"),
         *("ReceiveCopy", "OpenPorts", "AwaitCopy", "SteerHere", "TakeDigest", "Unmute"),
         *("ResumeVm", "Announce", "HoldPorts", "ReleaseInto", "CleanUp", "StopCopy"),
     ),
@@ -70,6 +76,7 @@ def every_event(role: Role) -> dict[str, m.NveEvent]:
     events: dict[str, m.NveEvent] = {**ORDERS}
     events |= {"TransferSeen going on": GOING_ON, "TransferSeen converged": CONVERGED}
     events |= {"TransferSeen failed": TORN}
+    events["CheckpointSeen"] = SEEN
     for effect in EFFECTS[role]:
         # Another result than on the way here, so that a result that is written again is seen.
         events[f"Done: {effect}"] = done(effect, 26)
@@ -104,7 +111,10 @@ class Underway:
         part, wanted = step(self.part, event)
         turns = isinstance(event, m.GiveBack | m.Restore | m.Close | m.Resumed)
         void = isinstance(event, m.Broken) or (turns and part.stage != self.part.stage)
-        return Underway(part, (() if void else self.effects) + _unsaid(wanted))
+        pending = () if void else self.effects
+        if isinstance(event, m.CheckpointSeen):
+            pending = tuple(each for each in pending if not isinstance(each, m.TakeCheckpoint))
+        return Underway(part, pending + _unsaid(wanted))
 
     def restarted(self) -> Underway:
         """The daemon comes back: it has its part, and has forgotten what was under way."""
@@ -157,11 +167,11 @@ def _unsaid(effects: tuple[m.Do, ...]) -> tuple[m.Do, ...]:
     return tuple(effect for effect in effects if not isinstance(effect, m.Say | m.WatchTransfer))
 
 
-def begun(role: Role) -> Underway:
+def begun(role: Role, checkpoints: int = 0) -> Underway:
     """The part as its NVE begins it."""
     vm = None if role == "peer" else VM
     # With a limit of the operator's, so that the old NVE has a pace to change.
-    options = Options(bandwidth_bytes_per_s=1 << 30)
+    options = Options(bandwidth_bytes_per_s=1 << 30, checkpoints=checkpoints)
     part = Part(move="m1", nve=NAMES[role], role=role, vm=vm, ports=(PORT,), options=options)
     part, effects = MACHINES[role].begin(part)
     return Underway(part, _unsaid(effects))
@@ -170,6 +180,7 @@ def begun(role: Role) -> Underway:
 def old_ways() -> dict[str, Underway]:
     """The old NVE by column. `ring left`: the VM did not empty its ring, and stands."""
     armed = begun("old").until("armed")
+    mirroring = begun("old", checkpoints=2).until("armed").hears(SEND)
     sending = armed.hears(SEND)
     stopping = sending.does("BeginSend").hears(CONVERGED)
     flowing = stopping.does("HoldPorts", "AwaitDrained", "FinishSend", "ReleaseInto")
@@ -182,6 +193,8 @@ def old_ways() -> dict[str, Underway]:
     return {
         "arming": begun("old"),
         "armed": armed,
+        "checkpointing": mirroring,
+        "resting": mirroring.hears(SEEN),
         "sending": sending,
         "stopping": stopping,
         "stopping, flowing": flowing,
@@ -203,10 +216,12 @@ def new_ways() -> dict[str, Underway]:
     whole = steered.until("whole").does("SteerHere")
     activating = whole.hears(ACTIVATE)
     returning = whole.hears(GIVE_BACK)
+    warm = begun("new", checkpoints=2).until("awaiting")
     died = m.Broken(effect="vm", why="died")
     return {
         "arming": begun("new"),
         "awaiting": awaiting,
+        "awaiting, warm": warm,
         "whole": whole,
         "whole, failed": whole.hears(died),
         "activating": activating,
@@ -215,6 +230,7 @@ def new_ways() -> dict[str, Underway]:
         "returning": returning,
         "returned": returning.until("returned"),
         "closing": awaiting.hears(CLOSE),
+        "closing, keeping": warm.hears(GIVE_BACK).until("returned").hears(CLOSE_AND_KEEP),
         "closing, activated": activating.until("active").hears(CLOSE),
         "closed": awaiting.hears(CLOSE).until("closed"),
     }

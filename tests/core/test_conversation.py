@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.core.conversation import Conversation
-from tests.core.moves import NEW, OLD, PEER
+from tests.core.moves import NEW, OLD, PEER, warm
+from tests.core.parts import EFFECTS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -83,3 +84,41 @@ def test_a_peer_that_cannot_steer_does_not_stop_the_move() -> None:
     talk = Conversation(fail={(PEER, "SteerHere")})
     talk.play()
     assert talk.record.outcome == "moved"
+
+
+@pytest.mark.req("R-47")
+@pytest.mark.req("R-12")
+def test_a_warm_move_reads_as_the_specification_says() -> None:
+    """R-12, R-47: whole checkpoints while the VM runs, then the last delta, then it runs there."""
+    talk = Conversation(record=warm())
+    golden("warm_move", talk.play())
+    assert talk.record.outcome == "moved"
+    assert talk.running == {NEW}
+    assert talk.record.checkpoints.count == 2
+
+
+@pytest.mark.req("R-11")
+@pytest.mark.parametrize("nve", [OLD, NEW, PEER])
+@pytest.mark.parametrize("effect", sorted({e for names in EFFECTS.values() for e in names}))
+def test_whatever_fails_a_warm_move_ends_and_mirroring_with_it(nve: str, effect: str) -> None:
+    """R-11: committed or aborted, and not one checkpoint after that."""
+    talk = Conversation(record=warm(), fail={(nve, effect)})
+    talk.play()
+    assert talk.record.outcome in ("moved", "aborted")
+    assert talk.running == ({NEW} if talk.record.outcome == "moved" else {OLD})
+    took = [n for n, line in enumerate(talk.transcript) if line.endswith(": TakeCheckpoint")]
+    over = [
+        n for n, line in enumerate(talk.transcript) if line.endswith((": Restore", ": Activate"))
+    ]
+    assert max(took, default=-1) < min(over)
+
+
+@pytest.mark.req("R-11")
+@pytest.mark.parametrize("phase", ["planned", "precopy", "paused"])
+def test_an_abort_of_a_warm_move_ends_it_and_mirroring(phase: str) -> None:
+    """R-11."""
+    talk = Conversation(record=warm())
+    talk.play(abort_in=phase)
+    assert (talk.record.outcome, talk.running) == ("aborted", {OLD})
+    assert all(part.stage == "closed" for part in talk.parts.values())
+    assert talk.record.checkpoints.count < 3

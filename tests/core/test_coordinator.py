@@ -11,17 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from overland.mobility import messages as m
-from overland.mobility.coordinator import step
+from overland.mobility.coordinator import recoverable, step
 from overland.model.handover import (
     ENDED,
     FORWARD,
     LEGAL,
     OLD_NVE_ACTION,
+    Checkpoint,
     Handover,
     Phase,
     committed,
 )
-from tests.core.moves import NEW, OLD, PEER, every_event, in_phase, planned
+from overland.model.receipt import receipt
+from tests.core.moves import NEW, OLD, PEER, every_event, in_phase, planned, warm
 from tests.core.tables import SPEC, Table, check_table
 
 STABLE: tuple[Phase, ...] = (
@@ -227,3 +229,92 @@ def test_repeating_an_event_changes_nothing_more(events: list[m.CoordinatorEvent
         return
     again, _ = step(once, events[-1], 0.0, 1)
     assert again.phase == once.phase or once.phase in ENDED
+
+
+def mirroring(taken: int = 2) -> Handover:
+    """A warm move that has taken so many checkpoints."""
+    record = msgspec.structs.replace(in_phase("precopy"), mode="warm", options=warm().options)
+    for number in range(taken):
+        record, effects = step(record, _checkpointed(number), 0.0, 1)
+        assert effects == ()
+    return record
+
+
+def _checkpointed(number: int) -> m.Checkpointed:
+    at_ns = 10**9 * (number + 1)
+    taken = Checkpoint(at_ns=at_ns, kept_ns=at_ns + 10**8, sent_bytes=100, pause_ms=float(number))
+    return m.Checkpointed(move="m1", nve=OLD, checkpoint=taken)
+
+
+@pytest.mark.req("R-12")
+def test_checkpoints_are_counted_once_and_the_newest_is_the_point_of_recovery() -> None:
+    record = mirroring(3)
+    again, _ = step(record, _checkpointed(2), 0.0, 1)
+    assert again.checkpoints == record.checkpoints
+    told = receipt(record)["checkpoints"]
+    assert (told["count"], told["sent_bytes"], told["pause_ms"]) == (3, 300, 1.0)
+    assert told["last_at"] == "1970-01-01T00:00:03.000000Z"
+    assert told["worst_age_ms"] == 1100.0, "the third was whole 1.1 s after the second's instant"
+    assert receipt(planned())["checkpoints"] is None
+    assert receipt(warm())["checkpoints"]["last_age_ms"] is None
+
+
+@pytest.mark.req("R-11")
+def test_the_time_limit_counts_from_the_last_checkpoint() -> None:
+    """R-11: so mirroring lasts as long as was asked for, and one that hangs ends the move."""
+    limit_s = warm().options.timeout_s + warm().options.interval_s
+    record, _ = step(mirroring(1), _checkpointed(1), 1000.0, 1)
+    record, _ = step(record, m.Tick(), 1000.0 + limit_s - 1, 1)
+    assert record.phase == "precopy"
+    record, _ = step(record, m.Tick(), 1000.0 + limit_s, 1)
+    assert record.phase == "aborting"
+
+
+def lost_host(taken: int) -> tuple[Handover, dict[str, m.AnyOrder]]:
+    """The old host dies while checkpoints exist; who is told what when all but it have given up."""
+    record, effects = step(mirroring(taken), m.Lost(nve=OLD), 0.0, 1)
+    assert effects == (m.Tell(nve=NEW, order=m.GiveBack(move="m1")),)
+    record, effects = step(record, m.GivenBack(move="m1", nve=NEW), 0.0, 1)
+    assert effects == (m.Tell(nve=OLD, order=m.Restore(move="m1")),), "it may only be away"
+    record, effects = step(record, m.Lost(nve=OLD, dead=True), 0.0, 1)
+    return record, {e.nve: e.order for e in effects if isinstance(e, m.Tell)}
+
+
+@pytest.mark.req("R-11")
+@pytest.mark.parametrize("taken", [0, 2])
+def test_a_move_whose_old_host_is_dead_ends_and_its_newest_checkpoint_stays(taken: int) -> None:
+    """R-11: nobody is left to restore anything; the checkpoint is all there is of the VM."""
+    record, told = lost_host(taken)
+    kept = taken > 0
+    assert told == {NEW: m.Close(move="m1", keep=kept), PEER: m.Close(move="m1")}
+    for nve in (NEW, PEER):
+        record, _ = step(record, m.Closed(move="m1", nve=nve), 0.0, 1)
+    assert (record.phase, record.outcome, recoverable(record)) == ("aborted", "aborted", kept)
+    assert record.reason == f"{OLD} is unreachable; {OLD} is dead"
+
+
+def test_dead_may_be_known_before_the_new_nve_has_given_back() -> None:
+    record, _ = step(mirroring(), m.Lost(nve=OLD), 0.0, 1)
+    record, effects = step(record, m.Lost(nve=OLD, dead=True), 0.0, 1)
+    assert effects == ()
+    record, effects = step(record, m.GivenBack(move="m1", nve=NEW), 0.0, 1)
+    assert m.Tell(nve=NEW, order=m.Close(move="m1", keep=True)) in effects
+
+
+def test_an_old_host_that_is_back_before_the_end_takes_its_vm_home() -> None:
+    """It was thought dead: it has never heard of the abort."""
+    record, _ = lost_host(2)
+    record, effects = step(record, m.Back(nve=OLD), 0.0, 1)
+    told = [effect.order for effect in effects if isinstance(effect, m.Tell)]
+    assert told == [m.Restore(move="m1"), m.Close(move="m1")]
+    record, _ = step(mirroring(), m.Lost(nve=OLD), 0.0, 1)
+    record, _ = step(record, m.Lost(nve=OLD, dead=True), 0.0, 1)
+    record, _ = step(record, m.Back(nve=OLD), 0.0, 1)
+    assert not record.lost, "it was not dead, and nobody has closed anything yet"
+
+
+def test_a_checkpoint_is_not_kept_when_the_vm_lives() -> None:
+    record, _ = step(mirroring(), m.Abort(why="operator"), 0.0, 1)
+    record, _ = step(record, m.GivenBack(move="m1", nve=NEW), 0.0, 1)
+    _, effects = step(record, m.Restored(move="m1", nve=OLD), 0.0, 1)
+    assert m.Tell(nve=NEW, order=m.Close(move="m1")) in effects

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from overland.mobility import messages as m
 from overland.mobility.nve import Part
+from tests.core.moves import CHECKPOINT
 from tests.core.parts import (
     CLOSE,
     EFFECTS,
@@ -28,9 +29,9 @@ from tests.core.tables import Table, check_table
 ROLES: tuple[Role, ...] = ("old", "new", "peer")
 
 FOR: dict[Role, frozenset[str]] = {
-    "old": frozenset({"Send", "Force", "Digest", "Retire", "Restore", "Close"}),
-    "new": frozenset({"Steer", "Digest", "Activate", "GiveBack", "Close"}),
-    "peer": frozenset({"Steer", "Steer back", "Close"}),
+    "old": frozenset({"Send", "Force", "Digest", "Retire", "Restore", "Close", "Close and keep"}),
+    "new": frozenset({"Steer", "Digest", "Activate", "GiveBack", "Close", "Close and keep"}),
+    "peer": frozenset({"Steer", "Steer back", "Close", "Close and keep"}),
 }
 """The orders that a role obeys in some stage; a prepare order is for an NVE without a part."""
 
@@ -62,6 +63,8 @@ def _named(effect: m.Do) -> str:
             return f"ReleaseInto {'tunnel' if tunnel else 'port'}"
         case m.SteerHere(back=True):
             return "SteerHere back"
+        case m.CleanUp(keep=True):
+            return "CleanUp but for the checkpoint"
         case _:
             return type(effect).__name__
 
@@ -110,7 +113,7 @@ def test_every_cell_of_the_specified_table_is_what_the_code_does(role: Role) -> 
 
 @pytest.mark.parametrize("role", ROLES)
 def test_every_effect_of_a_role_has_its_row(role: Role) -> None:
-    wanted = {type(effect).__name__ for effect in begun(role).effects}
+    wanted = {type(effect).__name__ for effect in begun(role, checkpoints=1).effects}
     for _, way, _, event in cells(role):
         wanted |= wants(step(way.part, event)[1])
     assert wanted == set(EFFECTS[role])
@@ -286,3 +289,52 @@ def test_an_old_nve_that_cannot_go_on_after_the_stop_says_so_before_the_commit()
     assert after.waits_for("ReleaseInto")
     dead = WAYS["old"]["stopped"].hears(m.Broken(effect="vm", why="died"))
     assert dead.part.failure is None, "the new copy is whole: the move goes on"
+
+
+@pytest.mark.req("R-11")
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.lists(st.sampled_from(list(every_event("old").values())), max_size=40),
+)
+def test_whatever_an_old_nve_hears_it_takes_no_more_checkpoints_than_were_asked_for(
+    asked: int, events: list[m.NveEvent]
+) -> None:
+    """R-11: and none once it was told to restore or to close, or has failed."""
+    part = begun("old", checkpoints=asked).until("armed").part
+    taken, over = 0, False
+    for event in events:
+        part, effects = step(part, event)
+        over |= isinstance(event, m.Restore | m.Close | m.Resumed) and part.stage != "armed"
+        begins = "TakeCheckpoint" in wants(effects)
+        assert not (over and begins)
+        taken += begins
+    assert taken <= asked
+
+
+@pytest.mark.req("R-11")
+def test_a_new_nve_takes_no_checkpoint_once_the_move_is_over() -> None:
+    """R-11: also when the old NVE could not be told, and goes on."""
+    warm = WAYS["new"]["awaiting, warm"]
+    for over in (GIVE_BACK, CLOSE):
+        assert warm.hears(over).waits_for("RefuseCheckpoints")
+    assert warm.hears(GIVE_BACK).restarted().waits_for("RefuseCheckpoints")
+
+
+def test_the_last_checkpoint_is_followed_by_the_last_delta_at_once() -> None:
+    one = WAYS["old"]["resting"].does("AwaitInterval")
+    assert one.waits_for("TakeCheckpoint")
+    last = one.hears(m.CheckpointSeen(checkpoint=CHECKPOINT))
+    assert last.part.stage == "sending"
+    assert last.waits_for("BeginSend")
+
+
+def test_a_checkpoint_is_due_an_interval_after_the_one_before() -> None:
+    resting = WAYS["old"]["resting"]
+    assert resting.effects[-1] == m.AwaitInterval(until_ns=CHECKPOINT.at_ns + 10**9)
+
+
+def test_who_may_not_wait_any_longer_takes_no_more_checkpoints() -> None:
+    """`--timeout-action pause`: Force ends mirroring, then it is a hot move that is forced."""
+    resting = WAYS["old"]["resting"].hears(m.Force(move="m1")).does("AwaitInterval")
+    assert resting.part.stage == "sending"

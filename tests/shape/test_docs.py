@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 
+from overland.mobility.forecast import forecast
 from overland.model.cluster import Interface, Vm
+from overland.model.forecast import Gauge
 from overland.model.handover import (
     LEGAL,
     Acknowledgement,
     Handover,
     MovingPort,
+    Options,
     Packets,
     PhaseAt,
 )
@@ -74,10 +77,12 @@ def _record() -> Handover:
     )
     return Handover(
         id="m",
+        mode="warm",
         vm=Vm(name="web", host="h1", interfaces=(interface,)),
         old_nve="h1",
         new_nve="h2",
         ports=(port,),
+        forecast=forecast(Gauge(memory_bytes=1 << 27, dirty_bytes_per_s=0.0), Options()),
         version=2,
         phases=(PhaseAt(phase="planned", at_ns=1),),
         acknowledged=(Acknowledgement(nve="h1", at_ns=1),),

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from overland.model.cluster import Boot, Endpoint, Interface, Network, Record, Refused, Vm
+from overland.model.forecast import Forecast
 from overland.model.handover import Handover, Options
 from overland.model.receipt import receipt
 from overland.nva.authority import Authority, Blocked
@@ -44,7 +45,13 @@ class Service(Protocol):
 
     async def move_at_rest(self, name: str, to: str) -> str: ...
 
+    async def forecast(
+        self, name: str, to: str, options: Options
+    ) -> tuple[Forecast | None, tuple[Refused, ...]]: ...
+
     async def migrate(self, name: str, to: str, options: Options) -> str: ...
+
+    async def recover(self, name: str, *, fenced: bool) -> dict[str, Any]: ...
 
     def find_move(self, move_id: str) -> Handover | None: ...
 
@@ -74,6 +81,16 @@ class MigrateWish(Record, frozen=True, kw_only=True):
     mode: str = "hot"
     dry_run: bool = False
     options: Options = Options()
+
+
+CHECKPOINTS = 3
+"""Of a warm move that does not say how many."""
+
+
+class RecoverWish(Record, frozen=True, kw_only=True):
+    """Body of POST /v1/vms/NAME/recover. `fenced`: the operator knows that the old host is off."""
+
+    fenced: bool = False
 
 
 class DrainWish(Record, frozen=True, kw_only=True):
@@ -217,6 +234,9 @@ def _machines(app: FastAPI, service: Service) -> None:
     async def act(name: str, action: str, request: Request) -> JSONResponse:
         if action == "migrate":
             return await _migrate(service, name, await _body(request, MigrateWish))
+        if action == "recover":
+            fenced = (await _body(request, RecoverWish)).fenced
+            return _json(await service.recover(name, fenced=fenced))
         if action not in ("start", "pause", "resume", "suspend", "stop"):
             why = f"there is no action {action}"
             raise Blocked([Refused(code="unknown_action", what=f"vm {name}", why=why)])
@@ -229,22 +249,23 @@ def _machines(app: FastAPI, service: Service) -> None:
 
 
 async def _migrate(service: Service, name: str, wish: MigrateWish) -> JSONResponse:
-    if wish.mode not in ("hot", "cold"):
+    if wish.mode not in ("hot", "warm", "cold"):
         why = f"mode {wish.mode} is not built yet"
         raise Blocked([Refused(code="unsupported_mode", what=f"vm {name}", why=why, hint="--hot")])
     cold = wish.mode == "cold"
+    many = (wish.options.checkpoints or CHECKPOINTS) if wish.mode == "warm" else 0
+    options = msgspec.structs.replace(wish.options, checkpoints=many)
     if not wish.dry_run:
         move = (
-            service.move_at_rest(name, wish.to)
-            if cold
-            else service.migrate(name, wish.to, wish.options)
+            service.move_at_rest(name, wish.to) if cold else service.migrate(name, wish.to, options)
         )
         return _json({"id": await move}, 202)
+    forecast: Forecast | None = None
     if cold:
         blockers = await service.cold_blockers(name, wish.to)
     else:
-        blockers = service.authority.move_blockers(name, wish.to)
-    return _json({"vm": name, "to": wish.to, "blockers": blockers})
+        forecast, blockers = await service.forecast(name, wish.to, options)
+    return _json({"vm": name, "to": wish.to, "blockers": blockers, "forecast": forecast})
 
 
 def _moves(app: FastAPI, service: Service) -> None:

@@ -120,6 +120,20 @@ def vm_delete(name: str, api: Api = None, output: Output = Format.table) -> None
     done({"deleted": name}, output)
 
 
+@vm.command("recover")
+def recover(
+    name: str,
+    fenced: Annotated[
+        bool,
+        typer.Option("--fenced", help="the old host is off, or cannot reach anybody: you know"),
+    ] = False,
+    api: Api = None,
+    output: Output = Format.table,
+) -> None:
+    """Run a VM whose host is lost from the newest checkpoint of its warm move."""
+    show(Client(api).call("POST", f"/v1/vms/{name}/recover", {"fenced": fenced}), output)
+
+
 @vm.command("migrate")
 def migrate(
     name: str,
@@ -127,6 +141,13 @@ def migrate(
     hot: Annotated[
         bool, typer.Option("--hot", "--live", help="the VM runs while it is copied; the default")
     ] = False,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="whole checkpoints to the new host first, then as hot")
+    ] = False,
+    interval: Annotated[str, typer.Option(help="of a warm move, from checkpoint to checkpoint")] = (
+        "1s"
+    ),
+    checkpoints: Annotated[int, typer.Option(min=1, help="of a warm move, how many")] = 3,
     cold: Annotated[
         bool, typer.Option("--cold", help="the VM is at rest: shut down, crashed or suspended")
     ] = False,
@@ -143,15 +164,16 @@ def migrate(
     output: Output = Format.table,
 ) -> None:
     """Move a VM to another host; prints the receipt."""
-    if hot and cold:
-        raise Failure("vm migrate", "--hot or --cold, not both", "usage", exit_code=Exit.USAGE)
+    if hot + warm + cold > 1:
+        why = "one of --hot, --warm and --cold, not more"
+        raise Failure("vm migrate", why, "usage", exit_code=Exit.USAGE)
     if timeout_action not in ("abort", "pause"):
         why = f"{timeout_action!r}: use abort or pause"
         raise Failure("--timeout-action", why, "usage", exit_code=Exit.USAGE)
     client = Client(api)
     wish = {
         "to": to,
-        "mode": "cold" if cold else "hot",
+        "mode": "cold" if cold else "warm" if warm else "hot",
         "dry_run": dry_run,
         "options": {
             "max_downtime_ms": amount(max_downtime, "--max-downtime", parse_duration) * 1000,
@@ -159,6 +181,8 @@ def migrate(
             "timeout_s": amount(timeout, "--timeout", parse_duration),
             "timeout_action": timeout_action,
             "verify": verify,
+            "checkpoints": checkpoints if warm else 0,
+            "interval_s": amount(interval, "--interval", parse_duration),
         },
     }
     answer = client.call("POST", f"/v1/vms/{name}/migrate", wish)
@@ -207,7 +231,9 @@ def states(client: Client, move: str) -> Iterator[dict[str, Any]]:
 
 
 def _headline(state: dict[str, Any]) -> str:
-    memory = state["progress"]
+    memory, taken = state["progress"], state["checkpoints"]
+    if state["phase"] == "precopy" and taken and not memory["sent_bytes"]:
+        return f"precopy: {taken['count']} checkpoints, the newest of {taken['last_at'] or '-'}"
     rate = memory["bandwidth_bytes_per_s"]
     forecast = f", stop about {memory['remaining_bytes'] / rate * 1000:.0f} ms" if rate else ""
     return (

@@ -20,6 +20,8 @@ from overland.api.rest import create_app
 from overland.config import NvaConfig
 from overland.daemon import inside, run_first
 from overland.mobility import coordinator
+from overland.mobility.coordinator import recoverable
+from overland.mobility.forecast import forecast, seen_before
 from overland.mobility.messages import (
     Activate,
     AnyOrder,
@@ -31,8 +33,9 @@ from overland.mobility.messages import (
     Retire,
 )
 from overland.model.cluster import Mapping, Refused, Vm
+from overland.model.forecast import Forecast
 from overland.model.handover import ENDED, Handover, Options
-from overland.model.receipt import receipt
+from overland.model.receipt import receipt, timestamp
 from overland.model.ticket import ticket_of
 from overland.nva import rules
 from overland.nva.authority import Authority, Blocked
@@ -57,9 +60,11 @@ _STATE_AFTER = {
 }
 VM_ORDER_LIMIT_S = 60.0
 REPAIR_LIMIT_S = 3.0
+RECOVER_LIMIT_S = 15.0
 NEGATIVE_100MS = 20
 MEMBERS_DELAY_S = 0.1
 ANSWER_LIMIT_S = 3.0
+GAUGE_LIMIT_S = 4.0
 STATE_LIMIT_S = 600.0
 
 log = logging.getLogger(__name__)
@@ -139,8 +144,8 @@ class Domain:
         self._liveness.connected(host, answers=answers)
         self._later(self._keep_host(host))
         self.handovers.back(host)
-        for move in hello.moves:
-            self._settle(host, move)
+        if hello.moves:
+            self._later(self._settle_all(host, hello.moves))
         if not hello.moves:
             self._compare(host, hello.vms)
 
@@ -162,6 +167,17 @@ class Domain:
         self._is_complete()
         for host in self.authority.cluster.hosts.keys() - self._wire.hosts():
             self._lease_ended(host)
+
+    async def _settle_all(self, host: str, moves: tuple[str, ...]) -> None:
+        """A copy that was recovered elsewhere meanwhile is ended before its move is settled."""
+        for move_id in moves:
+            record = self.authority.move(move_id)
+            vm = self.authority.cluster.vms.get(record.vm.name) if record is not None else None
+            if record is not None and vm is not None and recoverable(record) and vm.host != host:
+                log.warning("NVE %s has an old copy of VM %s: it is stopped", host, vm.name)
+                with contextlib.suppress(Blocked):
+                    await self._order("stop", vm, host)
+            self._settle(host, move_id)
 
     def _settle(self, host: str, move_id: str) -> None:
         """An NVE still has a part in a move that has ended: tell it how (HO-21)."""
@@ -465,10 +481,60 @@ class Domain:
         uri = (await self._order("take", vm, to)).text
         return (await self._order("give", vm, uri=uri, limit_s=STATE_LIMIT_S)).given_bytes
 
+    async def forecast(
+        self, name: str, to: str, options: Options
+    ) -> tuple[Forecast | None, tuple[Refused, ...]]:
+        """What a hot move would cost, and what stands against it; a VM is gauged for a second.
+
+        No forecast when something stands against it anyway, or its NVE does not answer.
+        """
+        blockers = self.authority.live_blockers(name, to, options)
+        if blockers:
+            return None, blockers
+        vm = self.authority.vm(name)
+        try:
+            gauge = (await self._order("gauge", vm, limit_s=GAUGE_LIMIT_S)).gauge
+        except Blocked as blocked:
+            log.warning("vm %s: no forecast: %s", name, blocked)
+            return None, ()
+        if gauge is None:
+            return None, ()
+        measured, filled = seen_before(self.authority.ended_moves.values(), vm, to)
+        found = forecast(gauge, options, measured_bytes_per_s=measured, filled=filled)
+        return found, tuple(rules.forecast_blockers(name, found, options))
+
     async def migrate(self, name: str, to: str, options: Options) -> str:
-        record = await self.authority.begin_move(uuid.uuid4().hex[:12], name, to, options)
+        expected, blockers = await self.forecast(name, to, options)
+        if blockers:
+            raise Blocked(blockers)
+        move_id = uuid.uuid4().hex[:12]
+        record = await self.authority.begin_move(move_id, name, to, options, expected)
         self.handovers.begin(record)
         return record.id
+
+    async def recover(self, name: str, *, fenced: bool) -> dict[str, Any]:
+        """Run a VM whose host is lost from its newest checkpoint; how old that is (R-12)."""
+        vm = self.authority.vm(name)
+        host = self.authority.cluster.hosts.get(vm.host)
+        if vm.move is not None and host is not None and not host.ready and (host.dead or fenced):
+            # Nobody restores what was there: its move ends, and leaves the checkpoint.
+            self.handovers.lost(vm.host, dead=True)
+            await self._ended(vm.move, RECOVER_LIMIT_S)
+        vm = await self.authority.recover(name, fenced=fenced)
+        try:
+            at_ns = (await self._order("recover", vm)).at_ns
+        except Blocked as blocked:
+            await self.authority.vm_state(name, "crashed", f"not recovered: {blocked}")
+            raise
+        age_ms = round((time.time_ns() - at_ns) / 1e6, 3)
+        await self.authority.vm_state(name, "running", f"from a checkpoint, {age_ms:.0f} ms old")
+        return {
+            "vm": name,
+            "host": vm.host,
+            "version": vm.version,
+            "recovery_point": timestamp(at_ns),
+            "age_ms": age_ms,
+        }
 
     def find_move(self, move_id: str) -> Handover | None:
         return self._latest.get(move_id) or self.authority.move(move_id)

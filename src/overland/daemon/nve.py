@@ -249,9 +249,23 @@ class Nve:
             case "give":
                 given = await self._hypervisor.give_state(name, order.uri)
                 return w.VmAnswer(id=order.id, given_bytes=given)
+            case "gauge":
+                return w.VmAnswer(id=order.id, gauge=await self._hypervisor.gauge(name))
+            case "recover":
+                ports = await self._ports_of(order.vm)
+                at_ns = await self._hypervisor.recover(order.vm, ports)
+                self._states[name] = "running"
+                return w.VmAnswer(id=order.id, at_ns=at_ns)
             case action:
                 await self._vm_do(action, order.vm)
                 return w.VmAnswer(id=order.id)
+
+    async def _ports_of(self, vm: Vm) -> list[str]:
+        """The VM's ports, once the kernel has them."""
+        ports = [port_name(vm.name, index) for index in range(len(vm.interfaces))]
+        for port in ports:
+            await self._agent.ready(port)
+        return ports
 
     async def _vm_do(self, action: str, vm: Vm) -> None:
         ports = [port_name(vm.name, index) for index in range(len(vm.interfaces))]

@@ -28,6 +28,22 @@ _FREE_BYTES = 8 << 20
 _UNLEASHED = 1 << 62
 
 
+async def connect(uri: str) -> socket.socket:
+    """A connection to `uri` (tcp:ADDRESS:PORT), not blocking; HypervisorFailure without answer."""
+    host, _, port = uri.removeprefix("tcp:").rpartition(":")
+    address = host.strip("[]")
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    sock.setblocking(False)
+    try:
+        async with asyncio.timeout(CONNECT_LIMIT_S):
+            await asyncio.get_running_loop().sock_connect(sock, (address, int(port)))
+    except OSError as error:
+        sock.close()
+        raise HypervisorFailure(f"{uri}: {error.strerror or 'no answer'}") from None
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
 class Channel:
     """One memory stream: QEMU's end, the pair's other end, a pipe to splice by, the network."""
 
@@ -50,17 +66,7 @@ class Channel:
     @classmethod
     async def open(cls, uri: str) -> Channel:
         """Connect to `uri` (tcp:ADDRESS:PORT). HypervisorFailure when nobody answers."""
-        host, _, port = uri.removeprefix("tcp:").rpartition(":")
-        address = host.strip("[]")
-        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-        sock.setblocking(False)
-        try:
-            async with asyncio.timeout(CONNECT_LIMIT_S):
-                await asyncio.get_running_loop().sock_connect(sock, (address, int(port)))
-        except OSError as error:
-            sock.close()
-            raise HypervisorFailure(f"{uri}: {error.strerror or 'no answer'}") from None
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock = await connect(uri)
         sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _FREE_BYTES)
         return cls(sock)
 

@@ -27,19 +27,25 @@ from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPEr
 
 from overland.hypervisor.accel import NOTICE, accelerator
 from overland.hypervisor.channel import Channel
+from overland.hypervisor.checkpoint import Giver, Keeper
 from overland.hypervisor.command import qemu_command
 from overland.hypervisor.countdown import COUNTDOWN_BYTES, long_firmware
 from overland.hypervisor.statefile import Taker, give
 from overland.model.cluster import Vm
-from overland.model.handover import Transfer
+from overland.model.forecast import Gauge
+from overland.model.handover import Checkpoint, Transfer
 from overland.ports import HypervisorFacts, HypervisorFailure, RunState
 
 OLDEST = (7, 2)
 CONNECT_LIMIT_S = 10.0
 STOP_LIMIT_S = 5.0
 CANCEL_LIMIT_S = 0.5
+CHECKPOINT_LIMIT_S = 3600.0
 SAVE_LIMIT_S = 600.0
+GAUGE_S = 1
+GAUGE_LIMIT_S = 2.5
 _DONE = ("completed", "failed")
+_OVER = (*_DONE, "cancelled")
 UNLIMITED_BYTES_PER_S = 1 << 40
 UNLIMITED_DOWNTIME_MS = 2_000_000
 PRECOPY_DOWNTIME_MS = 1
@@ -79,6 +85,7 @@ class _Machine:
         self.changed = asyncio.Condition()
         self.migration = ""
         self.passes = 0
+        self.cancels = 0
         self.ended = False
         self.listener = EventListener(_EVENTS)
         self.task: asyncio.Task[None] | None = None
@@ -100,6 +107,7 @@ class QemuHypervisor:
         self._facts: HypervisorFacts | None = None
         self._firmware: Path | None = None
         self._taker = Taker()
+        self._keeper = Keeper(run_dir / "checkpoints")
         self._machines: dict[str, _Machine] = {}
         self._events: asyncio.Queue[tuple[str, RunState]] = asyncio.Queue()
 
@@ -377,12 +385,36 @@ class QemuHypervisor:
         saved = self._saved(vm.name)
         if not saved.exists():
             raise HypervisorFailure(f"VM {vm.name} has no saved state here")
-        machine = await self._spawn(vm, ports, incoming=True)
-        await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
-        await self._do(machine, "migrate-incoming", uri=f"exec:cat {shlex.quote(str(saved))}")
-        await self.received(vm.name, SAVE_LIMIT_S)
-        await self.resume(vm.name)
+        await self._run_from(saved, vm, ports)
         saved.unlink()
+
+    async def _run_from(self, state: Path, vm: Vm, ports: Sequence[str]) -> None:
+        machine = await self._spawn(vm, ports, incoming=True)
+        try:
+            await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
+            await self._do(machine, "migrate-incoming", uri=f"exec:cat {shlex.quote(str(state))}")
+            await self.received(vm.name, SAVE_LIMIT_S)
+            await self.resume(vm.name)
+        except HypervisorFailure:
+            await self._end(vm.name)  # the state is there for another try
+            raise
+
+    async def recover(self, vm: Vm, ports: Sequence[str]) -> int:
+        at_ns = self._keeper.newest_ns(vm.name)
+        if not at_ns:
+            raise HypervisorFailure(f"VM {vm.name} has no whole checkpoint here")
+        await self._run_from(self._keeper.path(vm.name), vm, ports)
+        await self.drop_checkpoint(vm.name)
+        return at_ns
+
+    async def keep_checkpoints(self, vm: str, listen: str) -> str:
+        return await self._keeper.listen(vm, listen)
+
+    async def refuse_checkpoints(self, vm: str) -> None:
+        await self._keeper.refused(vm)
+
+    async def drop_checkpoint(self, vm: str) -> None:
+        await self._keeper.drop(vm)
 
     async def take_state(self, vm: str, listen: str) -> str:
         return await self._taker.take(self._saved(vm), listen)
@@ -419,6 +451,22 @@ class QemuHypervisor:
 
     # ------------------------------------------------------------ moving
 
+    async def gauge(self, vm: str) -> Gauge:
+        machine = self._machine(vm)
+        await self._do(machine, "calc-dirty-rate", **{"calc-time": GAUGE_S})
+        deadline_s = time.monotonic() + GAUGE_LIMIT_S
+        while (said := await self._do(machine, "query-dirty-rate"))["status"] != "measured":
+            if time.monotonic() > deadline_s:
+                raise HypervisorFailure(f"QEMU of {vm} does not say how fast its memory changes")
+            await asyncio.sleep(0.05)
+        countdown = COUNTDOWN_BYTES if await self._single_round() else 0
+        memory = await self._do(machine, "query-memory-size-summary")
+        return Gauge(
+            memory_bytes=int(memory["base-memory"]) + countdown,
+            dirty_bytes_per_s=float(said["dirty-rate"] << 20),
+            countdown_bytes=countdown,
+        )
+
     async def send(self, vm: str, uri: str, bytes_per_s: int) -> None:
         machine = self._machine(vm)
         machine.stopped_ns = 0
@@ -439,6 +487,52 @@ class QemuHypervisor:
         machine.channel.hand_to(machine.monitor)
         await self._do(machine, "getfd", fdname="memory")
         await self._do(machine, "migrate", uri="fd:memory")
+
+    async def checkpoint(
+        self,
+        vm: str,
+        uri: str,
+        bytes_per_s: int,
+        still: contextlib.AbstractAsyncContextManager[None],
+    ) -> Checkpoint:
+        machine = self._machine(vm)
+        cancels = machine.cancels
+        await self._do(
+            machine, "migrate-set-capabilities", capabilities=_capabilities(background=True)
+        )
+        await self._do(machine, "migrate-set-parameters", **_bandwidth(0))
+        giver = await Giver.open(uri)
+        try:
+            giver.hand_to(machine.monitor, bytes_per_s)
+            await self._do(machine, "getfd", fdname="checkpoint")
+            async with still:
+                if machine.cancels != cancels:
+                    raise HypervisorFailure(f"QEMU of {vm}: the checkpoint was given up")
+                machine.migration = ""
+                machine.stopped_ns = machine.resumed_ns = 0
+                await self._do(machine, "migrate", uri="fd:checkpoint")
+                await self._wait(
+                    machine,
+                    "instant",
+                    lambda: machine.resumed_ns or machine.migration in _OVER,
+                    STOP_LIMIT_S,
+                )
+            await self._wait(
+                machine, "checkpoint", lambda: machine.migration in _OVER, CHECKPOINT_LIMIT_S
+            )
+            said = await self._do(machine, "query-migrate")
+            if machine.migration != "completed":
+                why = said.get("error-desc", "the new host does not take it")
+                raise HypervisorFailure(f"QEMU of {vm}: checkpoint {machine.migration}: {why}")
+            kept_ns = await giver.whole(machine.stopped_ns)
+        finally:
+            giver.close()
+        return Checkpoint(
+            at_ns=machine.stopped_ns,
+            kept_ns=kept_ns,
+            sent_bytes=int(said["ram"]["transferred"]),
+            pause_ms=float(said.get("downtime", 0)),
+        )
 
     async def transfer(self, vm: str) -> Transfer:
         machine = self._machine(vm)
@@ -501,6 +595,7 @@ class QemuHypervisor:
 
     async def cancel(self, vm: str) -> None:
         machine = self._machine(vm)
+        machine.cancels += 1
         try:
             async with asyncio.timeout(CANCEL_LIMIT_S):
                 await self._do(machine, "migrate_cancel")
@@ -510,11 +605,15 @@ class QemuHypervisor:
             with contextlib.suppress(QMPError):
                 await machine.client.execute("yank", channels, oob=True)
         deadline_s = time.monotonic() + STOP_LIMIT_S
-        while (await self.transfer(vm)).status in ("setup", "active"):
+        while await self._under_way(machine):
             if time.monotonic() > deadline_s:
                 raise HypervisorFailure(f"QEMU of {vm} does not give up its transfer")
             await asyncio.sleep(0.01)
         machine.let_go()
+
+    async def _under_way(self, machine: _Machine) -> bool:
+        said = await self._do(machine, "query-migrate")
+        return said.get("status", "none") not in ("none", *_OVER)
 
     async def close(self) -> None:
         """Let go of every QMP connection; the VMs run on."""
@@ -525,8 +624,12 @@ class QemuHypervisor:
                 await machine.client.disconnect()
 
 
-def _capabilities() -> list[dict[str, Any]]:
-    return [{"capability": "events", "state": True}]
+def _capabilities(*, background: bool = False) -> list[dict[str, Any]]:
+    """`background`: the state of one instant is sent while the VM runs on, and it stays here."""
+    return [
+        {"capability": "events", "state": True},
+        {"capability": "background-snapshot", "state": background},
+    ]
 
 
 def _bandwidth(bytes_per_s: int) -> dict[str, int]:

@@ -25,6 +25,7 @@ from overland.mobility.messages import (
     Activate,
     AnyOrder,
     Back,
+    Checkpointed,
     Close,
     Closed,
     Commit,
@@ -112,6 +113,8 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             return _prepared(record, event, now_s, now_ns)
         case Failed() | Abort() | CommitRefused() | Lost():
             return _failing(record, event, now_s, now_ns)
+        case Checkpointed():
+            return _checkpointed(record, event, now_s)
         case Progress(memory=memory):
             return msgspec.structs.replace(record, memory=memory), ()
         case Flowing(held_ns=held_ns):
@@ -136,7 +139,7 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
                 record = msgspec.structs.replace(record, acknowledged=(*record.acknowledged, seen))
             return _converge(record, now_s, now_ns)
         case GivenBack(nve=nve):
-            return _given_back(record, nve, now_s)
+            return _given_back(record, nve, now_s, now_ns)
         case Restored():
             return _restored(record, now_s, now_ns)
         case Closed():
@@ -201,7 +204,8 @@ def _back(record: Handover, nve: str) -> Step:
     if nve in record.fenced:
         fenced = tuple(each for each in record.fenced if each != nve)
         waiting = record.waiting | {nve} if record.closing else record.waiting
-        record = msgspec.structs.replace(record, fenced=fenced, waiting=waiting)
+        lost = record.lost and (nve != record.old_nve or record.restored)
+        record = msgspec.structs.replace(record, fenced=fenced, waiting=waiting, lost=lost)
     return record, _outstanding(record, nve)
 
 
@@ -217,7 +221,7 @@ def _outstanding(record: Handover, nve: str) -> tuple[CoordinatorEffect, ...]:
             ready = prepared or nve == record.new_nve
             return (_prepare(record, nve),) if ready else ()
         case "precopy" if nve == record.old_nve:
-            return (_tell(nve, Send(move=move, uri=record.uri)),)
+            return (_send(record),)
         case "precopy" if record.held_ns:
             return _steer_again(record, nve)
         case "paused" | "equal":
@@ -235,14 +239,33 @@ def _outstanding(record: Handover, nve: str) -> tuple[CoordinatorEffect, ...]:
 
 
 def _prepare(record: Handover, nve: str) -> Tell:
-    move, version, ports = record.id, record.version, record.ports
+    move, version, ports, options = record.id, record.version, record.ports, record.options
     if nve == record.new_nve:
-        return _tell(nve, PrepareNew(move=move, vm=record.vm, version=version, ports=ports))
+        new = PrepareNew(move=move, vm=record.vm, version=version, ports=ports, options=options)
+        return _tell(nve, new)
     if nve == record.old_nve:
-        options = record.options
         old = PrepareOld(move=move, vm=record.vm, version=version, ports=ports, options=options)
         return _tell(nve, old)
     return _tell(nve, PreparePeer(move=move, version=version, ports=ports))
+
+
+def _send(record: Handover) -> Tell:
+    return _tell(record.old_nve, Send(move=record.id, uri=record.uri, keep_uri=record.keep_uri))
+
+
+def _checkpointed(record: Handover, event: Checkpointed, now_s: float) -> Step:
+    """The newest point of recovery; the time limit counts from it, and their number is limited."""
+    if record.phase != "precopy":
+        return record, ()
+    checkpoints = record.checkpoints.taken(event.checkpoint)
+    deadline_s = now_s + record.options.interval_s + record.options.timeout_s
+    return msgspec.structs.replace(record, checkpoints=checkpoints, deadline_s=deadline_s), ()
+
+
+def recoverable(record: Handover) -> bool:
+    """Tell whether the newest checkpoint on the new host is all that there is of the VM."""
+    aborted = record.phase in ("aborting", "aborted")
+    return aborted and record.lost and record.checkpoints.count > 0
 
 
 def _steer_again(record: Handover, nve: str) -> tuple[Tell, ...]:
@@ -299,7 +322,10 @@ def _prepared(record: Handover, event: Prepared, now_s: float, now_ns: int) -> S
     if record.phase != "planned" or event.nve not in record.waiting:
         return record, ()
     record = msgspec.structs.replace(
-        record, waiting=record.waiting - {event.nve}, uri=event.uri or record.uri
+        record,
+        waiting=record.waiting - {event.nve},
+        uri=event.uri or record.uri,
+        keep_uri=event.keep_uri or record.keep_uri,
     )
     if event.nve == record.new_nve:
         return record, tuple(_prepare(record, nve) for nve in (record.old_nve, *record.peers))
@@ -307,7 +333,7 @@ def _prepared(record: Handover, event: Prepared, now_s: float, now_ns: int) -> S
         return record, ()
     record = _enter(_enter(record, "staged", now_ns), "precopy", now_ns)
     record = msgspec.structs.replace(record, deadline_s=now_s + record.options.timeout_s)
-    return record, (_tell(record.old_nve, Send(move=record.id, uri=record.uri)),)
+    return record, (_send(record),)
 
 
 def _flowing(record: Handover, held_ns: int) -> Step:
@@ -460,8 +486,16 @@ def _close_orders(record: Handover) -> tuple[Tell, ...]:
     orders: list[Tell] = []
     if record.phase == "drained" and record.old_nve in record.waiting:
         orders.append(_tell(record.old_nve, Retire(move=record.id, version=record.version)))
+    if record.lost and record.old_nve in record.waiting:
+        # It is back all the same, and has never heard that the move was aborted.
+        orders.append(_tell(record.old_nve, Restore(move=record.id)))
     closing = sorted(record.waiting - _keeps_its_end(record))
-    return (*orders, *(_tell(nve, Close(move=record.id)) for nve in closing))
+    return (*orders, *(_tell(nve, close_order(record, nve)) for nve in closing))
+
+
+def close_order(record: Handover, nve: str) -> Close:
+    """What NVE `nve` is told last; of a lost VM the new host keeps the checkpoint."""
+    return Close(move=record.id, keep=nve == record.new_nve and recoverable(record))
 
 
 def _keeps_its_end(record: Handover) -> frozenset[str]:
@@ -522,17 +556,21 @@ def _abort(record: Handover, why: str, now_s: float, now_ns: int) -> Step:
         waiting=frozenset({record.new_nve}),
     )
     if record.new_nve in record.fenced:
-        return _restore(record, now_s)  # it never had leave to run: there is nothing to wait for
+        return _restore(
+            record, now_s, now_ns
+        )  # it never had leave to run: there is nothing to wait for
     return record, (_tell(record.new_nve, GiveBack(move=record.id)),)
 
 
-def _given_back(record: Handover, nve: str, now_s: float) -> Step:
+def _given_back(record: Handover, nve: str, now_s: float, now_ns: int) -> Step:
     if record.phase != "aborting" or record.restored or nve != record.new_nve:
         return record, ()
-    return _restore(record, now_s)
+    return _restore(record, now_s, now_ns)
 
 
-def _restore(record: Handover, now_s: float) -> Step:
+def _restore(record: Handover, now_s: float, now_ns: int) -> Step:
+    if record.lost:
+        return _restored(record, now_s, now_ns)
     record = msgspec.structs.replace(
         record, waiting=frozenset({record.old_nve}), deadline_s=now_s + CLOSE_LIMIT_S
     )
@@ -582,6 +620,15 @@ def _lost(record: Handover, nve: str, now_s: float, now_ns: int, *, dead: bool) 
 
     After the commit one that is only away keeps the tunnel open (6-2): its tenants still use it.
     """
+    if dead and nve == record.old_nve and not committed(record.phase) and not record.lost:
+        # The copy there is gone with its host, or somebody has made sure that it does not run.
+        fenced = tuple(dict.fromkeys((*record.fenced, nve)))
+        if record.phase == "aborting":
+            record = msgspec.structs.replace(record, fenced=fenced)
+        record = msgspec.structs.replace(record, lost=True)
+        if record.phase == "aborting" and not record.restored and nve in record.waiting:
+            why = f"{record.reason}; {nve} is dead"
+            return _restored(msgspec.structs.replace(record, reason=why), now_s, now_ns)
     if nve not in involved(record) or nve in record.fenced:
         return record, ()
     if committed(record.phase) and not record.closing and not dead:
@@ -602,7 +649,7 @@ def _give_up_waiting(record: Handover, nves: frozenset[str], now_s: float, now_n
         # Only the old NVE knows whether the VM runs: ask until it says so.
         unknown = record.old_nve in record.waiting
         outcome = "unknown" if unknown else record.outcome
-        return _restore(msgspec.structs.replace(record, outcome=outcome), now_s)
+        return _restore(msgspec.structs.replace(record, outcome=outcome), now_s, now_ns)
     unheard = _keeps_its_end(record)
     record = msgspec.structs.replace(record, waiting=record.waiting - (nves - unheard))
     if unheard and not _keeps_its_end(record):

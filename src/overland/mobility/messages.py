@@ -7,7 +7,7 @@ effects what they want done. All are values; the same structs travel on the wire
 from __future__ import annotations
 
 from overland.model.cluster import Record, Vm
-from overland.model.handover import Memory, MovingPort, Options, Packets, Transfer
+from overland.model.handover import Checkpoint, Memory, MovingPort, Options, Packets, Transfer
 from overland.model.ticket import Seal
 
 # ------------------------------------------------------------ orders: coordinator -> NVE
@@ -25,6 +25,7 @@ class PrepareNew(Order, frozen=True, kw_only=True, tag=True):
     vm: Vm
     version: int
     ports: tuple[MovingPort, ...]
+    options: Options = Options()
 
 
 class PrepareOld(Order, frozen=True, kw_only=True, tag=True):
@@ -44,9 +45,13 @@ class PreparePeer(Order, frozen=True, kw_only=True, tag=True):
 
 
 class Send(Order, frozen=True, kw_only=True, tag=True):
-    """To the old NVE: begin to copy memory to `uri`; stop and hold when it has converged."""
+    """To the old NVE: begin to copy memory to `uri`; stop and hold when it has converged.
+
+    In a warm move first the checkpoints that were asked for, to `keep_uri`.
+    """
 
     uri: str
+    keep_uri: str = ""
 
 
 class Force(Order, frozen=True, kw_only=True, tag=True):
@@ -86,7 +91,12 @@ class Restore(Order, frozen=True, kw_only=True, tag=True):
 
 
 class Close(Order, frozen=True, kw_only=True, tag=True):
-    """To every NVE of a move: remove what the move made; answer Closed with the counts."""
+    """To every NVE of a move: remove what the move made; answer Closed with the counts.
+
+    With `keep` the newest checkpoint stays: the old host is lost, and it is all there is of the VM.
+    """
+
+    keep: bool = False
 
 
 AnyOrder = (
@@ -117,6 +127,13 @@ class Report(Record, frozen=True, kw_only=True, tag=True):
 
 class Prepared(Report, frozen=True, kw_only=True, tag=True):
     uri: str = ""
+    keep_uri: str = ""
+
+
+class Checkpointed(Report, frozen=True, kw_only=True, tag=True):
+    """One more checkpoint is whole on the new host."""
+
+    checkpoint: Checkpoint
 
 
 class Progress(Report, frozen=True, kw_only=True, tag=True):
@@ -186,6 +203,7 @@ class Failed(Report, frozen=True, kw_only=True, tag=True):
 
 AnyReport = (
     Prepared
+    | Checkpointed
     | Progress
     | Flowing
     | Stopped
@@ -305,6 +323,14 @@ class ReceiveCopy(Do, frozen=True, kw_only=True, tag=True):
     pass
 
 
+class KeepCheckpoints(Do, frozen=True, kw_only=True, tag=True):
+    """Take checkpoints from now on, each in place of the one before; Done's text is their URI."""
+
+
+class RefuseCheckpoints(Do, frozen=True, kw_only=True, tag=True):
+    """Take no more, not even the one on its way; what is whole stays."""
+
+
 class ArmPeers(Do, frozen=True, kw_only=True, tag=True):
     pass
 
@@ -320,6 +346,18 @@ class BeginSend(Do, frozen=True, kw_only=True, tag=True):
 
     uri: str
     bytes_per_s: int
+
+
+class TakeCheckpoint(Do, frozen=True, kw_only=True, tag=True):
+    """Send a checkpoint of the running VM to `uri`; answered by CheckpointSeen."""
+
+    uri: str
+
+
+class AwaitInterval(Do, frozen=True, kw_only=True, tag=True):
+    """Wait until CLOCK_REALTIME is `until_ns`."""
+
+    until_ns: int
 
 
 class WatchTransfer(Do, frozen=True, kw_only=True, tag=True):
@@ -399,7 +437,12 @@ class StopCopy(Do, frozen=True, kw_only=True, tag=True):
 
 
 class CleanUp(Do, frozen=True, kw_only=True, tag=True):
-    """Count, then remove tunnel, queues and gate entries; the agent takes the ports back."""
+    """Count, then remove tunnel, queues and gate entries; the agent takes the ports back.
+
+    A checkpoint goes as well, but with `keep`.
+    """
+
+    keep: bool = False
 
 
 class Say(Do, frozen=True, kw_only=True, tag=True):
@@ -410,6 +453,10 @@ class Say(Do, frozen=True, kw_only=True, tag=True):
 
 class TransferSeen(Record, frozen=True, kw_only=True, tag=True):
     transfer: Transfer
+
+
+class CheckpointSeen(Record, frozen=True, kw_only=True, tag=True):
+    checkpoint: Checkpoint
 
 
 class Done(Record, frozen=True, kw_only=True, tag=True):
@@ -444,4 +491,4 @@ class Resumed(Record, frozen=True, kw_only=True, tag=True):
     """
 
 
-NveEvent = AnyOrder | TransferSeen | Done | Broken | Reconnected | Resumed
+NveEvent = AnyOrder | TransferSeen | CheckpointSeen | Done | Broken | Reconnected | Resumed

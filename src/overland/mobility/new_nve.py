@@ -34,6 +34,7 @@ from overland.mobility.messages import (
     GiveBack,
     GivenBack,
     HoldPorts,
+    KeepCheckpoints,
     MakeTunnel,
     NveEvent,
     OpenPorts,
@@ -42,6 +43,7 @@ from overland.mobility.messages import (
     ReceiveCopy,
     Received,
     Reconnected,
+    RefuseCheckpoints,
     ReleaseInto,
     Resumed,
     ResumeVm,
@@ -71,6 +73,7 @@ def begin(part: Part) -> PartStep:
         QuietPorts(),
         MakeTunnel(to="old"),
         ArmPeers(),
+        *((KeepCheckpoints(),) if part.options.warm else ()),
         ReceiveCopy(),
         OpenPorts(),
     )
@@ -83,6 +86,8 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             return part, _said(part)
         case _, Resumed():
             return _resumed(part)
+        case "arming", Done(effect="KeepCheckpoints", text=keep_uri) if part.options.warm:
+            return msgspec.structs.replace(part, keep_uri=keep_uri), ()
         case "arming", Done(effect="ReceiveCopy", text=uri):
             return msgspec.structs.replace(part, uri=uri), ()
         case "arming", Done(effect="OpenPorts"):
@@ -111,14 +116,15 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
         case "activating", Broken(effect="vm", why=why):
             part = msgspec.structs.replace(part, stage="active", failure=("vm", why))
             return part, _said(part)
-        case "active" | "returned", Close():
-            return to(part, "closing", CleanUp())
-        case "arming" | "awaiting" | "whole", Close():
+        case "active" | "returned", Close(keep=keep):
+            return to(msgspec.structs.replace(part, keep=keep), "closing", CleanUp(keep=keep))
+        case "arming" | "awaiting" | "whole", Close(keep=keep):
             # The move was aborted without us; only Activate could have made this copy run.
-            return to(part, "closing", *_own_copy(part), *_GIVE_BACK, CleanUp())
+            part = msgspec.structs.replace(part, keep=keep)
+            return to(part, "closing", *_own_copy(part), *_GIVE_BACK, CleanUp(keep=keep))
         case "closing", Broken(effect=effect) if effect != "CleanUp":
             rest = () if part.version or effect in _GIVING_BACK else _GIVE_BACK
-            return part, (*rest, CleanUp())
+            return part, (*rest, CleanUp(keep=part.keep))
         case "closing", Broken():
             # What could not be removed is swept when the daemon starts again.
             return to(part, "closed", Say(report=Closed(move=part.move, nve=part.nve)))
@@ -155,10 +161,14 @@ _GIVING_BACK = {type(effect).__name__ for effect in _GIVE_BACK}
 
 
 def _own_copy(part: Part) -> tuple[Do, ...]:
-    """Ends the copy that this part received, or was about to, unless it was activated."""
+    """Ends the copy that this part received, or was about to, unless it was activated.
+
+    And its checkpoints: the old host may not have heard that nobody wants them any more (R-11).
+    """
     if part.version:
         return ()
-    return (StopCopy(),) if part.uri else (DropStale(),)
+    refuse: tuple[Do, ...] = (RefuseCheckpoints(),) if part.keep_uri else ()
+    return (StopCopy() if part.uri else DropStale(), *refuse)
 
 
 def _steered(part: Part) -> Say:
@@ -176,7 +186,8 @@ def _said(part: Part) -> tuple[Do, ...]:
         case "awaiting" | "whole" if part.failure is not None:
             return failure_of(part)
         case "awaiting":
-            return (Say(report=Prepared(move=move, nve=nve, uri=part.uri)), *steered)
+            ready = Prepared(move=move, nve=nve, uri=part.uri, keep_uri=part.keep_uri)
+            return (Say(report=ready), *steered)
         case "whole":
             received = Say(report=Received(move=move, nve=nve, at_ns=part.received_ns))
             return (received, *steered)
@@ -215,6 +226,6 @@ def _resumed(part: Part) -> PartStep:
             return part, (*_own_copy(part), *_GIVE_BACK)
         case "closing":
             back = () if part.version else _GIVE_BACK
-            return part, (*_own_copy(part), *back, CleanUp())
+            return part, (*_own_copy(part), *back, CleanUp(keep=part.keep))
         case _:
             return part, _said(part)

@@ -13,6 +13,8 @@ from overland.model.handover import Memory, MovingPort, Options, Transfer
 Stage = Literal[
     "arming",
     "armed",
+    "checkpointing",
+    "resting",
     "sending",
     "stopping",
     "stopped",
@@ -33,7 +35,8 @@ class Part(Record, frozen=True, kw_only=True):
     `failure`: the step that failed and why, said until the coordinator turns the move back.
     Instants are CLOCK_REALTIME ns, 0 while they have not come. `pace`: of the memory stream,
     bytes/s, 0 for no limit. `drained`: the VM took all that its ring had. `flowing`: what waited
-    goes on into the tunnel, and all that comes. `turned`: the last Steer said back.
+    goes on into the tunnel, and all that comes. `turned`: the last Steer said back. `checkpoints`:
+    how many were taken. `keep`: the newest of them outlives the move.
     The shell keeps it on disk, so that a restarted daemon goes on from here.
     """
 
@@ -45,6 +48,9 @@ class Part(Record, frozen=True, kw_only=True):
     options: Options = Options()
     stage: Stage = "arming"
     uri: str = ""
+    keep_uri: str = ""
+    checkpoints: int = 0
+    keep: bool = False
     pace: int = 0
     held_ns: int = 0
     stop_ns: int = 0

@@ -2,6 +2,9 @@
 
     arming -> armed -> sending -> stopping -> stopped -> closing -> closed
                  any before Retire --Restore--> returning -> returned -> closing -> closed
+    warm:    armed -> checkpointing -> resting -> checkpointing -> ... -> sending, as above
+
+In a warm move the new host gets so many whole checkpoints of the running VM first, one an interval.
 
 From the gate's hold on, a frame for the VM waits here. Hold comes before STOP, so that QEMU takes
 and delivers all it has read: what it keeps inside when it stops would be lost. Once the VM has
@@ -18,10 +21,13 @@ from overland.mobility.convergence import converged, first_pace, leash, pace
 from overland.mobility.messages import (
     ArmPorts,
     AwaitDrained,
+    AwaitInterval,
     AwaitStop,
     BeginSend,
     Broken,
     CancelSend,
+    Checkpointed,
+    CheckpointSeen,
     CleanUp,
     Close,
     Closed,
@@ -53,6 +59,7 @@ from overland.mobility.messages import (
     SteerHere,
     StopCopy,
     Stopped,
+    TakeCheckpoint,
     TakeDigest,
     TransferSeen,
     WatchTransfer,
@@ -67,7 +74,7 @@ from overland.mobility.nve import (
     memory_of,
     to,
 )
-from overland.model.handover import Packets
+from overland.model.handover import Checkpoint, Packets
 
 DRAIN_LIMIT_S = 1.0
 """How long the VM may take to empty its tap's ring before it is stopped and the rest rescued."""
@@ -91,10 +98,17 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
         case "arming", Done(effect="ProvePath"):
             part = msgspec.structs.replace(part, stage="armed")
             return part, _said(part)
-        case "armed", Send(uri=uri):
-            first = first_pace(part.options)
-            part = msgspec.structs.replace(part, uri=uri, pace=first)
-            return to(part, "sending", BeginSend(uri=uri, bytes_per_s=first), WatchTransfer())
+        case "armed", Send(uri=uri, keep_uri=keep_uri):
+            part = msgspec.structs.replace(part, uri=uri, keep_uri=keep_uri)
+            return _next_checkpoint(part)
+        case "checkpointing", CheckpointSeen(checkpoint=checkpoint):
+            return _checkpointed(part, checkpoint)
+        case "resting", Done(effect="AwaitInterval"):
+            return _next_checkpoint(part)
+        case "checkpointing" | "resting", Force():
+            # The time is up: no more checkpoints, and as soon as may be the last delta.
+            options = msgspec.structs.replace(part.options, checkpoints=0)
+            return msgspec.structs.replace(part, options=options), ()
         case "sending", TransferSeen():
             return _seen(part, event)
         case "sending", Force():
@@ -134,12 +148,35 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             # A VM that cannot run any more has crashed: the agent reports that as its state.
             part = msgspec.structs.replace(part, stage="returned")
             return part, _said(part)
-        case "arming" | "armed" | "sending" | "stopping", Broken(effect=effect, why=why):
+        case (
+            "arming" | "armed" | "checkpointing" | "resting" | "sending" | "stopping",
+            Broken(effect=effect, why=why),
+        ):
             return failed(part, effect, why)
         case "arming" | "armed" | "stopped" | "returned", Close():
             return _close(part)
         case _:
             return part, ()
+
+
+def _next_checkpoint(part: Part) -> PartStep:
+    """Another one, or, when all that were asked for are taken, the memory as in a hot move."""
+    if part.checkpoints < part.options.checkpoints:
+        return to(part, "checkpointing", TakeCheckpoint(uri=part.keep_uri))
+    first = first_pace(part.options)
+    part = msgspec.structs.replace(part, pace=first)
+    return to(part, "sending", BeginSend(uri=part.uri, bytes_per_s=first), WatchTransfer())
+
+
+def _checkpointed(part: Part, checkpoint: Checkpoint) -> PartStep:
+    """Intervals count from checkpoint to checkpoint; after the last one nothing is waited for."""
+    part = msgspec.structs.replace(part, checkpoints=part.checkpoints + 1)
+    said = Say(report=Checkpointed(move=part.move, nve=part.nve, checkpoint=checkpoint))
+    if part.checkpoints < part.options.checkpoints:
+        next_ns = checkpoint.at_ns + int(part.options.interval_s * 1e9)
+        return to(part, "resting", said, AwaitInterval(until_ns=next_ns))
+    part, effects = _next_checkpoint(part)
+    return part, (said, *effects)
 
 
 def _seen(part: Part, event: TransferSeen) -> PartStep:
@@ -229,7 +266,7 @@ def _restore(part: Part) -> PartStep:
         case "arming" | "armed":
             part = msgspec.structs.replace(part, stage="returned")
             return part, _said(part)
-        case "sending":
+        case "checkpointing" | "resting" | "sending":
             return to(part, "returning", CancelSend(), ResumeVm())
         case _:
             return to(part, "returning", *_HOME)
@@ -280,7 +317,7 @@ def _resumed(part: Part) -> PartStep:
             return begin(part)
         case "armed":
             return part, (*again, *_said(part))
-        case "sending" | "stopping":
+        case "checkpointing" | "resting" | "sending" | "stopping":
             # How far the stop went is not known; the way back is safe from anywhere.
             part, said = failed(part, "stop", RESTARTED)
             return to(part, "stopping", *again, *said)

@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from overland.model.cluster import Family, Record, Vm
+from overland.model.forecast import Forecast
 
 Phase = Literal[
     "planned",
@@ -112,7 +113,10 @@ class MovingPort(Record, frozen=True, kw_only=True):
 
 
 class Options(Record, frozen=True, kw_only=True):
-    """What the operator may set for one move."""
+    """What the operator may set for one move.
+
+    `checkpoints` of a warm move are taken, one every `interval_s`, before it goes on as hot (R-11).
+    """
 
     max_downtime_ms: float = 300.0
     bandwidth_bytes_per_s: int | None = None
@@ -120,6 +124,13 @@ class Options(Record, frozen=True, kw_only=True):
     timeout_action: Literal["abort", "pause"] = "abort"
     verify: bool = False
     drain_guard_ms: float = 2.0
+    checkpoints: int = 0
+    interval_s: float = 1.0
+
+    @property
+    def warm(self) -> bool:
+        """Whether checkpoints are taken first."""
+        return self.checkpoints > 0
 
 
 class PhaseAt(Record, frozen=True, kw_only=True):
@@ -134,6 +145,51 @@ class Acknowledgement(Record, frozen=True, kw_only=True):
 
     nve: str
     at_ns: int
+
+
+class Checkpoint(Record, frozen=True, kw_only=True):
+    """The whole state of a running VM at `at_ns`, whole on the new host at `kept_ns`.
+
+    Instants are CLOCK_REALTIME ns at the old host. `pause_ms`: how long the VM stood for it.
+    """
+
+    at_ns: int
+    kept_ns: int
+    sent_bytes: int
+    pause_ms: float
+
+
+PAUSES_KEPT = 1000
+"""Of so many checkpoints, the last ones, the pauses are kept."""
+
+
+class Checkpoints(Record, frozen=True, kw_only=True):
+    """What a warm move has taken so far. `at_ns` is the newest one's, the point of recovery, and
+    `kept_ns` when it was whole.
+
+    `worst_age_ms`: how old the newest one ever was before the next was whole.
+    """
+
+    count: int = 0
+    at_ns: int = 0
+    kept_ns: int = 0
+    sent_bytes: int = 0
+    worst_age_ms: float = 0.0
+    pauses_ms: tuple[float, ...] = ()
+
+    def taken(self, checkpoint: Checkpoint) -> Checkpoints:
+        """One more; one that was told of already changes nothing."""
+        if checkpoint.at_ns <= self.at_ns:
+            return self
+        age_ms = (checkpoint.kept_ns - self.at_ns) / 1e6 if self.at_ns else 0.0
+        return Checkpoints(
+            count=self.count + 1,
+            at_ns=checkpoint.at_ns,
+            kept_ns=checkpoint.kept_ns,
+            sent_bytes=self.sent_bytes + checkpoint.sent_bytes,
+            worst_age_ms=max(self.worst_age_ms, age_ms),
+            pauses_ms=(*self.pauses_ms, checkpoint.pause_ms)[-PAUSES_KEPT:],
+        )
 
 
 class Packets(Record, frozen=True, kw_only=True):
@@ -184,23 +240,28 @@ class Handover(Record, frozen=True, kw_only=True):
 
     `held_ns`: the old VM stopped receiving (gate closed). `stop_ns`, `resume_ns`: QEMU's events.
     `equal_ns`: the new copy is whole, both are stopped (R-09). `waiting` names the NVEs whose
-    answer the present phase needs. `restored`: an abort has the VM back at the old host. `closing`:
-    everybody was told to clean up. `deadline_s` is compared with Tick.
+    answer the present phase needs. `forecast`: what was expected before. `restored`: an abort has
+    the VM back at the old host. `lost`: the old host is dead, or fenced by hand, so nobody restores
+    anything. `closing`: everybody was told to clean up. `deadline_s` is compared with Tick. `uri`
+    takes the memory, `keep_uri` the checkpoints of a warm move.
     """
 
     id: str
     vm: Vm
-    mode: Literal["hot", "cold"] = "hot"
+    mode: Literal["hot", "warm", "cold"] = "hot"
     old_nve: str
     new_nve: str
     peers: tuple[str, ...] = ()
     ports: tuple[MovingPort, ...]
     options: Options = Options()
+    forecast: Forecast | None = None
     phase: Phase = "planned"
     phases: tuple[PhaseAt, ...] = ()
     version: int
     waiting: frozenset[str] = frozenset()
     uri: str = ""
+    keep_uri: str = ""
+    checkpoints: Checkpoints = Checkpoints()
     held_ns: int = 0
     stop_ns: int = 0
     equal_ns: int = 0
@@ -211,6 +272,7 @@ class Handover(Record, frozen=True, kw_only=True):
     acknowledged: tuple[Acknowledgement, ...] = ()
     fenced: tuple[str, ...] = ()
     restored: bool = False
+    lost: bool = False
     closing: bool = False
     deadline_s: float = 0.0
     outcome: Literal["open", "moved", "aborted", "unknown"] = "open"

@@ -5,8 +5,11 @@ Keys are those of docs/reference/receipt.md; they are stable, and times carry th
 
 from __future__ import annotations
 
+import statistics
 from datetime import UTC, datetime, timedelta
 from typing import Any
+
+import msgspec
 
 from overland.model.handover import Handover
 
@@ -52,6 +55,8 @@ def receipt(record: Handover) -> dict[str, Any]:
             "rounds": record.memory.rounds,
             "digest": record.digest_new or None,
         },
+        "checkpoints": _checkpoints(record),
+        "forecast": _forecast(record),
         "storage": {"sent_bytes": 0, "resent_bytes": 0},
         "packets": {
             "held": packets.held,
@@ -67,6 +72,47 @@ def receipt(record: Handover) -> dict[str, Any]:
         "tunnel_close_reason": record.close_reason,
         "peers": _peers(record),
     }
+
+
+def _checkpoints(record: Handover) -> dict[str, Any] | None:
+    """What a warm move took before its last delta (R-12); None of the others.
+
+    `last_age_ms`: how old the newest one was when the VM stopped, or, where it did not, at the end.
+    """
+    if record.mode != "warm":
+        return None
+    taken = record.checkpoints
+    return {
+        "interval_ms": round(record.options.interval_s * 1000, 3),
+        "count": taken.count,
+        "last_at": timestamp(taken.at_ns) if taken.at_ns else None,
+        "last_age_ms": _ms(record.stop_ns or record.closed_ns, taken.at_ns),
+        "worst_age_ms": round(taken.worst_age_ms, 3),
+        "pause_ms": statistics.median(taken.pauses_ms) if taken.pauses_ms else None,
+        "sent_bytes": taken.sent_bytes,
+    }
+
+
+def _forecast(record: Handover) -> dict[str, Any] | None:
+    """What was expected, what came, and by how much it was wrong (R-69); None without a forecast.
+
+    `sent_bytes` are those sent while the VM ran; the rest goes while it is stopped.
+    """
+    if record.forecast is None:
+        return None
+    entered = {each.phase: each.at_ns for each in record.phases}
+    began_ns = max(entered.get("precopy", 0), record.checkpoints.kept_ns)
+    real = {
+        "sent_bytes": record.memory.sent_bytes if record.stop_ns else None,
+        "copy_ms": _ms(entered.get("paused", 0), began_ns),
+        "stop_ms": _ms(record.resume_ns, record.stop_ns),
+    }
+    expected: dict[str, Any] = msgspec.to_builtins(record.forecast)
+    error = {
+        key: None if value is None else round(value - expected[key], 3)
+        for key, value in real.items()
+    }
+    return expected | {"real": real, "error": error}
 
 
 def _gap(record: Handover) -> float | None:

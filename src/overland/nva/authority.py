@@ -13,7 +13,9 @@ from typing import TypeVar
 
 import msgspec
 
+from overland.mobility.coordinator import recoverable
 from overland.model.cluster import Endpoint, Host, Interface, Network, Refused, Vm
+from overland.model.forecast import Forecast
 from overland.model.handover import ENDED, Handover, Memory, MovingPort, Options, PhaseAt
 from overland.model.names import port_name, vxlan_name
 from overland.nva import rules
@@ -254,12 +256,52 @@ class Authority:
         blockers = rules.cold_blockers if cold else rules.move_blockers
         return tuple(blockers(self.cluster, name, to))
 
-    async def begin_move(self, move_id: str, name: str, to: str, options: Options) -> Handover:
+    def live_blockers(self, name: str, to: str, options: Options) -> tuple[Refused, ...]:
+        """Everything that stands against moving a running VM, hot or, with checkpoints, warm."""
+        if options.warm:
+            return tuple(rules.warm_blockers(self.cluster, name, to, options))
+        return self.move_blockers(name, to)
+
+    def recovery_point(self, name: str) -> Handover | None:
+        """The warm move whose newest checkpoint is all that there is of VM `name`."""
+        vm = self.cluster.vms.get(name)
+        ended = (each for each in self.ended_moves.values() if each.vm.name == name)
+        last = max(ended, key=lambda each: each.phases[0].at_ns, default=None)
+        if vm is None or last is None or not recoverable(last):
+            return None
+        untouched = (vm.host, vm.version) == (last.old_nve, last.version)
+        begun = (vm.host, vm.version) == (last.new_nve, last.version + 1)
+        return last if untouched or (begun and vm.state in ("preparing", "crashed")) else None
+
+    async def recover(self, name: str, *, fenced: bool) -> Vm:
+        """Give VM `name` to the host of its newest checkpoint, under a new version; Blocked if not.
+
+        One compare-and-set, before anything runs there: a former copy that comes back is stopped.
+        """
+        async with self._lock:
+            point, vm = self.recovery_point(name), self._vm(name)
+            _stop_if(rules.recover_blockers(self.cluster, name, point, fenced=fenced))
+            assert point is not None
+            vm = msgspec.structs.replace(
+                vm, host=point.new_nve, version=point.version + 1, state="preparing"
+            )
+            await self._write({f"vm/{name}": vm})
+            self.cluster.vms[name] = vm
+        self._changed(frozenset(each.network for each in vm.interfaces))
+        return vm
+
+    async def begin_move(
+        self, move_id: str, name: str, to: str, options: Options, forecast: Forecast | None = None
+    ) -> Handover:
         """Journal a new move; Blocked with every reason when it may not begin."""
         async with self._lock:
-            _stop_if(rules.move_blockers(self.cluster, name, to))
+            _stop_if(self.live_blockers(name, to, options))
             vm = self._vm(name)
-            record = self._planned(move_id, vm, to, options)
+            record = msgspec.structs.replace(
+                self._planned(move_id, vm, to, options),
+                mode="warm" if options.warm else "hot",
+                forecast=forecast,
+            )
             moving = msgspec.structs.replace(vm, move=move_id)
             await self._write({f"move/{move_id}": record, f"vm/{name}": moving})
             self.cluster.vms[name] = moving

@@ -155,7 +155,8 @@ class _Move:
         before = self.record
         after, effects = coordinator.step(before, event, time.monotonic(), time.time_ns())
         commits = any(isinstance(effect, m.Commit) for effect in effects)
-        if not commits and (effects or after.phase != before.phase):
+        news = after.phase != before.phase or after.checkpoints != before.checkpoints
+        if not commits and (effects or news):
             # The commit journals by itself; what only informs is not worth a disk write.
             after, effects = await self._journalled(before, after, effects)
         self.record = after
@@ -221,7 +222,7 @@ def last_orders(record: Handover, nve: str) -> tuple[m.AnyOrder, ...]:
 
     What takes time there is answered by a report, and that by Close.
     """
-    move, version, close = record.id, record.version, m.Close(move=record.id)
+    move, version, close = record.id, record.version, coordinator.close_order(record, nve)
     moved = record.outcome == "moved"
     if nve == record.old_nve:
         return (m.Retire(move=move, version=version), close) if moved else (m.Restore(move=move),)

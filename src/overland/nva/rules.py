@@ -14,6 +14,8 @@ from overland.model.cluster import (
     Vm,
     VmState,
 )
+from overland.model.forecast import Forecast
+from overland.model.handover import Handover, Options
 from overland.model.names import (
     OVERHEAD_BYTES,
     default_mac,
@@ -265,6 +267,85 @@ def move_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
     host = cluster.hosts.get(to)
     if host is not None and vm.host != to:
         yield from _compatible(cluster.hosts.get(vm.host), host, vm)
+
+
+MIN_INTERVAL_S = 0.1
+"""Between checkpoints; the VM stands still for some milliseconds at each."""
+
+
+def warm_blockers(cluster: Cluster, name: str, to: str, options: Options) -> Iterator[Refused]:
+    """Why VM `name` cannot move warm to host `to`: as hot, and what checkpoints need."""
+    yield from move_blockers(cluster, name, to)
+    what = f"vm {name}"
+    if options.checkpoints < 1 or options.interval_s < MIN_INTERVAL_S:
+        why = f"at least one checkpoint, at intervals of at least {MIN_INTERVAL_S * 1000:.0f} ms"
+        yield _no("malformed", what, why, "--checkpoints 3 --interval 1s")
+    vm = cluster.vms.get(name)
+    if vm is not None and vm.boot.image is not None:
+        why = (
+            "it has a disk, and a checkpoint holds memory only: the two would not be of one instant"
+        )
+        yield _no("disk_not_in_checkpoint", what, why, "move it hot")
+
+
+def recover_blockers(
+    cluster: Cluster, name: str, point: Handover | None, *, fenced: bool
+) -> Iterator[Refused]:
+    """Why VM `name` cannot be run from its newest checkpoint, the one of warm move `point`.
+
+    Never while its former copy may run (R-14): its host is dead, or somebody says that it is off.
+    """
+    vm = cluster.vms.get(name)
+    if vm is None:
+        yield _unknown("vm", name)
+        return
+    what, host = f"vm {name}", cluster.hosts.get(vm.host)
+    begun = point is not None and vm.host == point.new_nve
+    if host is not None and host.ready and not begun:
+        hint = f"`overland vm stop {name}`, or move it"
+        yield _no("old_copy_may_run", what, f"host {vm.host} is there, and may run it", hint)
+    elif host is not None and not host.dead and not fenced and not begun:
+        why = f"host {vm.host} is away, but not known to be dead"
+        yield _no("old_copy_may_run", what, why, "make sure that it is off, then `--fenced`")
+    if vm.move is not None:
+        hint = f"wait for it, or `overland migration repair {vm.move}`"
+        yield _no("move_in_progress", what, f"migration {vm.move} has not ended", hint)
+    elif point is None:
+        why = "no warm move has left a whole checkpoint of it on another host"
+        yield _no("no_checkpoint", what, why, f"`overland vm start {name}` once its host is back")
+    if point is None:
+        return
+    yield from (
+        refusal
+        for refusal in host_blockers(cluster, point.new_nve)
+        if refusal.code != "host_drained"
+    )
+    new = cluster.hosts.get(point.new_nve)
+    if new is not None and not begun:
+        yield from _fits(cluster, new, vm)
+        yield from _reach(cluster, new, vm.interfaces)
+
+
+def forecast_blockers(name: str, forecast: Forecast, options: Options) -> Iterator[Refused]:
+    """Why a move with that forecast would not come to its end as the operator wishes it.
+
+    Who says `--timeout-action pause` wants it all the same.
+    """
+    if options.timeout_action == "pause":
+        return
+    what = f"vm {name}"
+    if not forecast.converges:
+        hint = (
+            f"`--timeout-action pause` stops it in any case; `--max-downtime "
+            f"{forecast.stop_ms / 1000:.1f}s`, or more `--bandwidth`, lets it be equal"
+        )
+        yield _no("not_converging", what, forecast.note, hint)
+    elif forecast.copy_ms > options.timeout_s * 1000:
+        why = (
+            f"its memory takes about {forecast.copy_ms / 1000:.0f} s at "
+            f"{forecast.rate_bytes_per_s / 2**20:.0f} MiB/s, --timeout is {options.timeout_s:g} s"
+        )
+        yield _no("too_slow", what, why, "a longer `--timeout`, or more `--bandwidth`")
 
 
 def cold_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:

@@ -9,10 +9,11 @@ When an effect fails the rest of its queue is void: the machine decides what com
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol, assert_never
 
 import msgspec
@@ -35,6 +36,9 @@ TURN_LIMIT_S = 5.0
 PROBE_LIMIT_S = 3.0
 PLUG_LIMIT_S = 3.0
 COPY_LIMIT_S = 3600.0
+CHECKPOINT_DRAIN_S = 0.1
+"""How long frames wait at most for the VM to take what came before, at each checkpoint."""
+
 ENDED_KEPT = 1000
 """How many ended moves are remembered, to tell a late order from a new one (HO-23)."""
 
@@ -46,7 +50,7 @@ _NOTHING_HERE: dict[type[m.Order], type[m.Closed | m.GivenBack | m.Restored]] = 
     m.GiveBack: m.GivenBack,
     m.Restore: m.Restored,
 }
-_BESIDE = (m.WatchTransfer, m.AwaitStop, m.AwaitCopy)
+_BESIDE = (m.WatchTransfer, m.AwaitStop, m.AwaitCopy, m.TakeCheckpoint, m.AwaitInterval)
 _MACHINES = {"old": old_nve, "new": new_nve, "peer": peer_nve}
 
 
@@ -183,13 +187,14 @@ class Handovers:
 
     def _begin(self, order: m.PrepareNew | m.PrepareOld | m.PreparePeer) -> None:
         match order:
-            case m.PrepareNew(vm=vm, ports=ports):
-                part = Part(move=order.move, nve=self._nve, role="new", vm=vm, ports=ports)
-            case m.PrepareOld(vm=vm, ports=ports, options=options):
+            case (
+                m.PrepareNew(vm=vm, ports=ports, options=options)
+                | m.PrepareOld(vm=vm, ports=ports, options=options)
+            ):
                 part = Part(
                     move=order.move,
                     nve=self._nve,
-                    role="old",
+                    role="new" if isinstance(order, m.PrepareNew) else "old",
                     vm=vm,
                     ports=ports,
                     options=options,
@@ -415,6 +420,37 @@ class _Performer:
         )
         return m.Done(effect="ReceiveCopy", text=uri)
 
+    async def _KeepCheckpoints(self, _: m.Do) -> m.Done:
+        uri = await self._hypervisor.keep_checkpoints(self._vm, self._part.ports[0].new)
+        return m.Done(effect="KeepCheckpoints", text=uri)
+
+    async def _RefuseCheckpoints(self, _: m.Do) -> None:
+        await self._hypervisor.refuse_checkpoints(self._vm)
+
+    async def _TakeCheckpoint(self, effect: m.Do) -> m.CheckpointSeen:
+        assert isinstance(effect, m.TakeCheckpoint)
+        bytes_per_s = self._part.options.bandwidth_bytes_per_s or 0
+        taken = await self._hypervisor.checkpoint(
+            self._vm, effect.uri, bytes_per_s, self._nothing_comes()
+        )
+        return m.CheckpointSeen(checkpoint=taken)
+
+    @contextlib.asynccontextmanager
+    async def _nothing_comes(self) -> AsyncIterator[None]:
+        """Frames wait at the gate, and the VM has what came before (HO-31)."""
+        for port in self._part.ports:
+            await self._path.hold_port(port.port)
+        try:
+            await self._drained(CHECKPOINT_DRAIN_S)
+            yield
+        finally:
+            for port in self._part.ports:
+                await self._path.release_port(port.port, None)
+
+    async def _AwaitInterval(self, effect: m.Do) -> None:
+        assert isinstance(effect, m.AwaitInterval)
+        await asyncio.sleep(max(0.0, (effect.until_ns - _now_ns()) / 1e9))
+
     async def _AwaitCopy(self, _: m.Do) -> m.Done:
         at_ns = await self._hypervisor.received(self._vm, COPY_LIMIT_S)
         return m.Done(effect="AwaitCopy", number=at_ns)
@@ -528,7 +564,15 @@ class _Performer:
     async def _StopCopy(self, _: m.Do) -> None:
         await self._hypervisor.stop(self._vm)
 
-    async def _CleanUp(self, _: m.Do) -> m.Done:
+    async def _CleanUp(self, effect: m.Do) -> m.Done:
+        assert isinstance(effect, m.CleanUp)
+        if self._part.keep_uri and self._part.role == "new":
+            over = (
+                self._hypervisor.refuse_checkpoints
+                if effect.keep
+                else (self._hypervisor.drop_checkpoint)
+            )
+            await over(self._vm)
         packets = Packets()
         for port in self._part.ports:
             packets = await self._count(port, packets)

@@ -12,6 +12,7 @@ import msgspec
 
 from overland.mobility.messages import AnyOrder, AnyReport
 from overland.model.cluster import Host, Mapping, Vm
+from overland.model.forecast import Gauge
 from overland.model.nve import VnChange, VnIntent
 
 PROTOCOL = 1
@@ -61,12 +62,17 @@ class MoveReport(Message, frozen=True, kw_only=True, tag=True):
 
 
 class VmAnswer(Message, frozen=True, kw_only=True, tag=True):
-    """A VmOrder was carried out, or why not. `text`: where to give a state."""
+    """A VmOrder was carried out, or why not. `text`: where to give a state.
+
+    `at_ns`: the instant from which a VM was recovered, by its old host's clock.
+    """
 
     id: int
     failure: str | None = None
     text: str = ""
     given_bytes: int = 0
+    gauge: Gauge | None = None
+    at_ns: int = 0
 
 
 class HostAnswer(Message, frozen=True, kw_only=True, tag=True):
@@ -143,11 +149,14 @@ class VmOrder(Message, frozen=True, kw_only=True, tag=True):
     """Do something to a VM; answered by VmAnswer with the same `id`.
 
     `suspend` saves its state on the host and ends it, `wake` runs it on from there. `take` waits
-    for such a state from another host and answers where, `give` sends it there (`uri`).
+    for such a state from another host and answers where, `give` sends it there (`uri`). `gauge`
+    measures how fast it writes memory, `recover` runs the newest checkpoint that was taken here.
     """
 
     id: int
-    action: Literal["start", "pause", "resume", "suspend", "wake", "stop", "take", "give"]
+    action: Literal[
+        "start", "pause", "resume", "suspend", "wake", "stop", "take", "give", "gauge", "recover"
+    ]
     vm: Vm
     uri: str = ""
 

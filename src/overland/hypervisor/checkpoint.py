@@ -1,0 +1,193 @@
+"""Checkpoints of a running VM, on their way from host to host and at rest on the new one.
+
+QEMU writes into the connection itself (`background-snapshot`), so nothing of it passes through us:
+we say the keeper's secret before it, and after it, when QEMU has said that all is out, a last word
+that makes it whole. Without that word nothing of it is kept. The newest whole one lies in a file,
+whose time of change is the instant that it holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+import struct
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+from overland.hypervisor.channel import connect
+from overland.ports import HypervisorFailure
+
+PIECE_BYTES = 1 << 20
+_SO_MAX_PACING_RATE, _UNPACED = 47, (1 << 64) - 1
+STALL_LIMIT_MS = 500
+"""A network that takes nothing for so long ends the checkpoint: the VM must not wait for it."""
+
+ANSWER_LIMIT_S = 10.0
+_SILENCE = struct.pack("ll", 30, 0)
+"""A giver that is silent for so many seconds is gone, a timeval."""
+
+_SECRET_BYTES, _INSTANT_BYTES = 16, 8
+_LAST_WORD_BYTES = _SECRET_BYTES + _INSTANT_BYTES
+_KEPT = b"kept"
+
+
+class Giver:
+    """One checkpoint, seen from the old host: a connection that QEMU has as well."""
+
+    def __init__(self, sock: socket.socket, secret: bytes) -> None:
+        self.sock = sock
+        self._secret = secret
+
+    @classmethod
+    async def open(cls, uri: str) -> Giver:
+        """Connect to a keeper. HypervisorFailure when it does not take any (more)."""
+        address, port, secret = uri.removeprefix("checkpoint:").split("|")
+        host = f"[{address}]" if ":" in address else address
+        sock = await connect(f"tcp:{host}:{port}")
+        sock.setblocking(True)  # QEMU decides for itself; the flag belongs to the connection
+        # While QEMU waits for the network, so does each page that the VM wants to write.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_LIMIT_MS)
+        try:
+            sock.sendall(bytes.fromhex(secret))  # the first bytes of a connection always fit
+        except OSError as error:
+            sock.close()
+            raise HypervisorFailure(f"checkpoint not taken: {error.strerror}") from None
+        return cls(sock, bytes.fromhex(secret))
+
+    def hand_to(self, monitor: socket.socket, bytes_per_s: int) -> None:
+        """Give QEMU the connection along with the next QMP command; the kernel paces it."""
+        with contextlib.suppress(OSError):  # the other end is gone: QEMU will say so
+            pace = (bytes_per_s or _UNPACED).to_bytes(8, "little")
+            self.sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, pace)
+        socket.send_fds(monitor, [b" "], [self.sock.fileno()])
+
+    def close(self) -> None:
+        """Let go of our copy; QEMU's, if it still writes, stays open."""
+        self.sock.close()
+
+    async def whole(self, at_ns: int) -> int:
+        """Say that all is out, and what instant it holds; when it was kept (CLOCK_REALTIME ns)."""
+        try:
+            await asyncio.to_thread(self._last_word, at_ns)
+        except OSError as error:
+            why = error.strerror or "no answer"
+            raise HypervisorFailure(f"checkpoint not kept by the new host: {why}") from None
+        return time.time_ns()
+
+    def _last_word(self, at_ns: int) -> None:
+        self.sock.settimeout(ANSWER_LIMIT_S)
+        self.sock.sendall(self._secret + at_ns.to_bytes(_INSTANT_BYTES, "big"))
+        self.sock.shutdown(socket.SHUT_WR)
+        if self.sock.recv(len(_KEPT)) != _KEPT:
+            raise OSError(0, "it has no room for it, or does not want it any more")
+
+
+class _Listening:
+    """What waits for the checkpoints of one VM, and takes one after the other."""
+
+    def __init__(self, server: socket.socket, path: Path) -> None:
+        self.secret = secrets.token_bytes(_SECRET_BYTES)
+        self.giver: socket.socket | None = None
+        self.refused = False
+        self.task = asyncio.create_task(self._take_all(server, path))
+
+    async def _take_all(self, server: socket.socket, path: Path) -> None:
+        loop = asyncio.get_running_loop()
+        with server:
+            while not self.refused:
+                self.giver, _ = await loop.sock_accept(server)
+                self.giver.settimeout(None)
+                self.giver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _SILENCE)
+                await asyncio.to_thread(_take, self.giver, self.secret, path)
+                self.giver = None
+
+
+class Keeper:
+    """The checkpoints that this host has taken, at most one of each VM, in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._listening: dict[str, _Listening] = {}
+
+    def path(self, vm: str) -> Path:
+        """Where the newest whole one lies, if there is one."""
+        return self._folder / vm
+
+    def newest_ns(self, vm: str) -> int:
+        """The instant that the newest whole one holds (CLOCK_REALTIME ns); 0: there is none."""
+        try:
+            return self.path(vm).stat().st_mtime_ns
+        except OSError:
+            return 0
+
+    async def listen(self, vm: str, address: str) -> str:
+        """Take checkpoints of `vm` from now on, the former one is dropped; the URI to send to.
+
+        HypervisorFailure when nobody can listen there, or there is no place for the files.
+        """
+        await self.drop(vm)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            self._folder.mkdir(exist_ok=True)
+            server = socket.create_server((address, 0), family=family)
+        except OSError as error:
+            why = f"cannot take checkpoints at {address}: {error.strerror}"
+            raise HypervisorFailure(why) from None
+        server.setblocking(False)
+        listening = self._listening[vm] = _Listening(server, self.path(vm))
+        return f"checkpoint:{address}|{server.getsockname()[1]}|{listening.secret.hex()}"
+
+    async def refused(self, vm: str) -> None:
+        """Take no more, not even the one on its way; what is whole stays. Content with absence."""
+        listening = self._listening.pop(vm, None)
+        if listening is None:
+            return
+        listening.refused = True
+        if listening.giver is not None:
+            with contextlib.suppress(OSError):
+                listening.giver.shutdown(socket.SHUT_RDWR)
+        else:
+            listening.task.cancel()
+        await asyncio.wait({listening.task})
+
+    async def drop(self, vm: str) -> None:
+        """Take no more, and forget what was taken. Content with absence."""
+        await self.refused(vm)
+        self.path(vm).unlink(missing_ok=True)
+
+
+def _take(giver: socket.socket, secret: bytes, path: Path) -> None:
+    """Keep what comes at `path`, if it is whole; else nothing of it."""
+    part = path.with_name(f".{path.name}.part")
+    with giver, contextlib.suppress(OSError):
+        if not secrets.compare_digest(giver.recv(_SECRET_BYTES, socket.MSG_WAITALL), secret):
+            return
+        try:
+            with part.open("w+b") as file:
+                at_ns = _written(giver, file, secret)
+            if at_ns:
+                os.utime(part, ns=(at_ns, at_ns))
+                part.replace(path)
+                giver.sendall(_KEPT)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _written(giver: socket.socket, file: BinaryIO, secret: bytes) -> int:
+    """Write all that comes; the instant that it holds, 0 when the last word is missing."""
+    piece = memoryview(bytearray(PIECE_BYTES))
+    while size := giver.recv_into(piece):
+        file.write(piece[:size])
+    length = file.tell() - _LAST_WORD_BYTES
+    if length <= 0:
+        return 0
+    file.seek(length)
+    last_word = file.read(_LAST_WORD_BYTES)
+    file.truncate(length)
+    if last_word[:_SECRET_BYTES] != secret:
+        return 0
+    return int.from_bytes(last_word[_SECRET_BYTES:], "big")
