@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.lab.chaos import Fault, Lab, ok
+from tests.lab.clock import HOUR_S
 
 PHASES = ("planned", "precopy", "paused", "equal", "committed", "converging", "drained")
 FAULTS = (
@@ -28,6 +29,9 @@ FAULTS = (
     Fault("link", "old", 30.0),
     Fault("link", "new", 30.0),
     Fault("link", "peer", 30.0),
+    *(Fault("clock", who, by_s) for who in ("nva", "old", "new") for by_s in (HOUR_S, -HOUR_S)),
+    *(Fault("disk", who, 3.0) for who in ("nva", "old", "new")),
+    *(Fault("full-disk-daemon", who, 3.0) for who in ("nva", "old", "new")),
 )
 
 
@@ -53,6 +57,7 @@ def attempt(lab: Lab, phase: str, fault: Fault) -> dict[str, Any]:
         "outcome": receipt["outcome"],
         "reason": receipt["reason"],
         "stop_ms": receipt["vm_stop_ms"],
+        "felt": lab.felt,
         "seconds": round(time.monotonic() - began_s, 1),
         "violations": violations,
     }

@@ -275,6 +275,30 @@ async def test_a_question_is_answered_and_a_negative_answer_is_withdrawn(world: 
     assert [each.mac for each in update.change.remotes] == ["02:00:00:00:00:03"]
 
 
+@pytest.mark.req("E-01")
+async def test_the_three_indications_of_a_stale_mapping_come_from_the_nva(world: World) -> None:
+    """Not here, try that NVE; no such interface; right NVE, undeliverable (ADR 0017)."""
+    one, two = await begin(world)
+    one.say(w.Query(id=1, network="blue", mac="02:00:00:00:00:02"))
+    elsewhere = (await one.hears(w.Answer)).mapping
+    assert elsewhere is not None
+    assert elsewhere.nve == "h2"
+    await world.domain.authority.delete_endpoint("p2")
+    withdrawn = await one.hears(w.VnUpdate)
+    assert withdrawn.change.gone == ("02:00:00:00:00:02",)
+    one.say(w.Query(id=2, network="blue", mac="02:00:00:00:00:02"))
+    assert (await one.hears(w.Answer)).mapping is None
+    await world.endpoint("p3", "h2", 3)
+    offered = await two.hears(w.VnPush)
+    two.say(w.Ack(network="blue", revision=offered.revision, failures=("p3: no such device",)))
+    two.say(w.Query(id=3, network="blue", mac="02:00:00:00:00:03"))
+    await two.hears(w.Answer)  # so the Ack has been heard before
+    await world.endpoint("p4", "h2", 4)
+    again = await two.hears(w.VnPush)
+    assert again.intent is not None
+    assert [each.owner for each in again.intent.tsis] == ["p3", "p4"]
+
+
 @pytest.mark.req("N-12")
 async def test_a_certificate_speaks_for_its_own_host_only(world: World) -> None:
     honest = world.nve("h3")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from overland.model.handover import Handover, Options
 from tests.core.conversation import Conversation
-from tests.core.moves import NEW, OLD, PEER, warm
+from tests.core.moves import NEW, OLD, PEER, planned, warm
 from tests.core.parts import EFFECTS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -50,6 +52,25 @@ def test_a_hot_move_reads_as_the_specification_says() -> None:
     golden("hot_move", talk.play())
     assert talk.record.outcome == "moved"
     assert talk.running == {NEW}
+
+
+@pytest.mark.req("R-10")
+@pytest.mark.parametrize("mode", ["replicate", "standby", "mirror"])
+def test_a_second_copy_beside_the_first_is_no_mode_of_a_move(mode: str) -> None:
+    """Redundancy is another feature: no record of a move can ask for it, and no option either."""
+    record = msgspec.to_builtins(planned())
+    with pytest.raises(msgspec.ValidationError, match="mode"):
+        msgspec.convert(record | {"mode": mode}, Handover)
+    assert not {name for name in Options.__struct_fields__ if "cop" in name or mode in name}
+
+
+@pytest.mark.req("R-10")
+@pytest.mark.parametrize("abort_in", [None, "planned", "precopy", "paused", "equal"])
+def test_no_way_of_a_move_needs_two_running_copies(abort_in: str | None) -> None:
+    """`Conversation` fails at the first second copy; before the commit only the old one has run."""
+    talk = Conversation()
+    talk.play(abort_in=abort_in)
+    assert talk.running == {NEW if abort_in is None else OLD}
 
 
 def test_an_abort_after_the_stop_brings_the_vm_and_its_frames_home() -> None:

@@ -10,7 +10,9 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -22,7 +24,10 @@ from typing import Any
 from overland.lab import lab as labs
 from overland.lab.topology import LABS, topology
 from overland.model.names import port_name
+from tests.lab.clock import Clock
+from tests.lab.disk import SmallDisk, unmount_below
 from tests.lab.ears import Ears, overlaps
+from tests.lab.watch import Watch
 
 OVERLAND = str(Path(sys.executable).parent / "overland")
 SETTLE_LIMIT_S = 60.0
@@ -42,14 +47,21 @@ def ok(*arguments: str) -> Any:
 
 @dataclass(frozen=True)
 class Fault:
-    """`kind`: daemon (SIGKILL, restarted), copy (SIGKILL of that host's QEMU), link (cut)."""
+    """One thing that breaks.
+
+    `kind`: daemon (SIGKILL, restarted), copy (SIGKILL of that host's QEMU), link (cut for
+    `seconds`), disk (the daemon's is full for `seconds`), full-disk-daemon (SIGKILL while it is),
+    clock (the daemon's jumps by `seconds`), abort (by the operator).
+    """
 
     kind: str
     who: str
     seconds: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.kind}-{self.who}" + (f"-{self.seconds:g}s" if self.seconds else "")
+        sign = "+" if self.kind == "clock" else ""
+        how_much = f"-{self.seconds:{sign}g}s" if self.seconds else ""
+        return f"{self.kind}-{self.who}{how_much}"
 
 
 @dataclass
@@ -59,12 +71,19 @@ class Lab:
     name: str
     vm: str = "web"
     number: int = 5
-    overlaps: list[str] = field(default_factory=list)
-    """Where the VM sent from two hosts at once in the last move; never."""
+    seen: list[str] = field(default_factory=list)
+    """What was wrong while the last move went on: the VM sent from two hosts at once, or a record
+    said what was not so.
+    """
+    felt: bool = True
+    """Whether the daemon noticed the last fault: its log says so of a full disk."""
+    disks: dict[str, SmallDisk] = field(default_factory=dict)
+    clock: Clock | None = None
 
     def up(self, append: str = "") -> None:
         self.down()
         ok("lab", "up", "--name", self.name)
+        self._give_small_disks()
         ok(
             *("network", "create", "blue", "--vni", "42"),
             *("--ipv4", "10.42.0.0/24", "--ipv6", "fd42::/64"),
@@ -85,7 +104,22 @@ class Lab:
         return f"10.42.0.{self.number}", f"fd42::{self.number}"
 
     def down(self) -> None:
+        unmount_below(self.folder)
         run("lab", "down", "--name", self.name)
+
+    def _give_small_disks(self) -> None:
+        """The NVA's store and each host's run folder get a disk each, which can be filled."""
+        config = self.folder / "nva.toml"
+        store = self.folder / "store"
+        config.write_text(config.read_text().replace("/nva.db", "/store/nva.db"))
+        folders = {host: self.folder / "run" / host for host in HOSTS} | {"nva": store}
+        for name, folder in folders.items():
+            self._end_daemon(name)
+            self.disks[name] = SmallDisk(folder)
+            self.disks[name].mount()
+        for name in folders:
+            self._start_daemon(name)
+        self.until_ready()
 
     @property
     def folder(self) -> Path:
@@ -102,8 +136,15 @@ class Lab:
 
     def kill_daemon(self, name: str) -> None:
         """SIGKILL, and a restart a moment later, as a service manager does."""
+        self._end_daemon(name)
+        self._start_daemon(name)
+
+    def _end_daemon(self, name: str) -> None:
         os.kill(int((self.folder / f"{name}.pid").read_text()), signal.SIGKILL)
-        labs.restart(topology(self.name, len(HOSTS)), name)
+
+    def _start_daemon(self, name: str, environment: dict[str, str] | None = None) -> None:
+        with _environment(environment or {}):
+            labs.restart(topology(self.name, len(HOSTS)), name)
 
     def kill_copy(self, host: str) -> None:
         """SIGKILL of the VM's QEMU on `host`, if there is one."""
@@ -199,13 +240,45 @@ class Lab:
         """Move to the next host, do `fault` in `phase`; the receipt once the move has ended."""
         old, new = self.where(), self.next_host()
         peer = next(host for host in HOSTS if host not in (old, new))
-        names = {"old": old, "new": new, "peer": peer, "nva": "nva"}
-        with self.listening() as ears:
+        name = {"old": old, "new": new, "peer": peer, "nva": "nva"}[fault.who]
+        said_before = len(self._log(name))
+        with self._prepared(fault, name), self.listening() as ears, self._watching() as watch:
             move = self.begin(new, phase)
-            self.do(fault.kind, names[fault.who], fault.seconds, move)
+            self.do(fault.kind, name, fault.seconds, move)
+            silence = watch.hidden_silence(name, fault.seconds) if fault.kind == "link" else []
             receipt = self.ended(move)
-            self.overlaps = overlaps(ears.sent())
+            self.seen = [*overlaps(ears.sent()), *silence]
+        self.seen += watch.lies(receipt)
+        full = re.search("disk is full|No space left", self._log(name)[said_before:])
+        self.felt = "disk" not in str(fault) or full is not None
         return receipt
+
+    def _log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    @contextlib.contextmanager
+    def _prepared(self, fault: Fault, name: str) -> Iterator[None]:
+        """Before the move begins: give the daemon a clock of its own if that is to be set."""
+        if fault.kind != "clock":
+            yield
+            return
+        self.clock = Clock(self.folder / f"{name}.clock")
+        self._end_daemon(name)
+        self._start_daemon(name, self.clock.environment)
+        self.until_ready()
+        try:
+            yield
+        finally:
+            self.kill_daemon(name)  # by the machine's clock again: a second step, the other way
+            self.until_ready()
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[Watch]:
+        watch = Watch(self.api, self.vm)
+        try:
+            yield watch
+        finally:
+            watch.close()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Ears]:
@@ -231,8 +304,30 @@ class Lab:
                 self.kill_copy(name)
             case "link":
                 self.cut(name, seconds)
+            case "clock":
+                assert self.clock is not None
+                self.clock.step(int(seconds))
+            case "disk":
+                with self._full(name):
+                    time.sleep(seconds)
+            case "full-disk-daemon":
+                with self._full(name):
+                    self.kill_daemon(name)
+                    time.sleep(seconds)
             case _:
                 raise AssertionError(kind)
+
+    @contextlib.contextmanager
+    def _full(self, name: str) -> Iterator[None]:
+        """The disk of daemon `name` has no byte left meanwhile."""
+        if name == "nva":
+            with contextlib.closing(sqlite3.connect(self.folder / "store" / "nva.db")) as store:
+                store.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # else the log's room is reused
+        self.disks[name].fill()
+        try:
+            yield
+        finally:
+            self.disks[name].free()
 
     @contextlib.contextmanager
     def dead(self, host: str) -> Iterator[None]:
@@ -248,13 +343,20 @@ class Lab:
 
     def knows(self, host: str, underlay: str) -> bool:
         """Tell whether `host` would send a tenant's frames to `underlay`."""
-        done = subprocess.run(
+        return f"dst {underlay} " in self._entries(host)
+
+    def leads_to(self, host: str, mac: str, underlay: str) -> bool:
+        """Tell whether `host` would send frames to `mac` to `underlay`."""
+        lines = self._entries(host).splitlines()
+        return any(line.startswith(mac) and f"dst {underlay} " in line for line in lines)
+
+    def _entries(self, host: str) -> str:
+        return subprocess.run(
             ["bridge", "-n", f"ovl-{self.name}-{host}", "fdb"],
             capture_output=True,
             text=True,
             check=True,
-        )
-        return f"dst {underlay} " in done.stdout
+        ).stdout
 
     def until(self, holds: Callable[[], bool]) -> None:
         deadline_s = time.monotonic() + SETTLE_LIMIT_S
@@ -299,7 +401,7 @@ class Lab:
     def _violations(self, receipt: dict[str, Any], *, vm_lives: bool) -> list[str]:
         shown = ok("vm", "show", self.vm, "-o", "json")
         expected = receipt["new_nve"] if receipt["outcome"] == "moved" else receipt["old_nve"]
-        found = list(self.overlaps)
+        found = [*self.seen, *_insane(receipt)]
         if shown["host"] != expected:
             found.append(f"record says {shown['host']}, the outcome {expected}")
         running = self.running()
@@ -314,6 +416,25 @@ class Lab:
         if vm_lives and shown["state"] != "running":
             found.append(f"state {shown['state']}")
         return found
+
+
+def _insane(receipt: dict[str, Any]) -> list[str]:
+    """Figures that no move can have, whatever the clocks say."""
+    figures = {key: value for key, value in receipt.items() if key.endswith("_ms")}
+    return [f"{key} is {ms}" for key, ms in figures.items() if ms is not None and ms < 0]
+
+
+@contextlib.contextmanager
+def _environment(changes: dict[str, str]) -> Iterator[None]:
+    """This process's environment, which daemons inherit, with `changes` for a moment."""
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name in changes:
+            os.environ.pop(name)
+        os.environ.update(before)
 
 
 def _guest_ns(pid: int) -> int:

@@ -235,6 +235,45 @@ async def test_frames_of_other_nves_are_counted_apart_from_our_own_tenants(bench
     await bench.path.close_tunnel(PORT, tunnel)
 
 
+@pytest.mark.req("R-16")
+async def test_in_flight_and_late_are_counted_as_they_are_stamped(bench: Bench) -> None:
+    """Numbered frames before the hold, under it, before the commit and after it: all apart."""
+    ip("link add vxside type veth peer name network")
+    ip("link add name brtest type bridge mcast_snooping 0")
+    for line in (f"set {PORT}", "set vxside"):
+        ip(f"link {line} master brtest")
+    for device in ("brtest", "vxside", "network"):
+        silence(device)
+        ip(f"link set {device} up")
+    run("bridge", "fdb", "replace", "02:00:00:00:00:01", "dev", PORT, "master", "static")
+    tunnel = Tunnel(number=7, local="192.0.2.1", remote="192.0.2.2", mtu=1400)
+    await bench.path.open_tunnel(PORT, tunnel, home=True)
+    await bench.path.arm_port(PORT, "vxside", 1000)
+    ear = Ear(tunnel_name(7))
+
+    def stamped(first: int, count: int) -> list[int]:
+        numbers = list(range(first, first + count))
+        inject("network", [frame(number, MAC) for number in numbers])
+        return numbers
+
+    taken = stamped(100, 5)
+    assert bench.taken() == taken
+    await bench.path.hold_port(PORT)
+    held = stamped(200, 11)
+    await bench.path.release_port(PORT, tunnel)
+    in_flight = stamped(300, 7)
+    before_commit = await bench.path.count_port(PORT)
+    await bench.path.mute_broadcast(PORT)  # what the old NVE does when it hears of the commit
+    late = stamped(400, 3)
+    after = await bench.path.count_port(PORT)
+    assert (after.passed, after.held) == (len(taken), len(held))
+    assert before_commit.detoured == len(in_flight)
+    assert after.detoured - before_commit.detoured == len(late)
+    assert ear.numbers() == held + in_flight + late
+    ear.close()
+    await bench.path.close_tunnel(PORT, tunnel)
+
+
 @pytest.mark.req("R-14")
 async def test_the_plug_is_the_only_frame_before_the_copy_reads(bench: Bench) -> None:
     """HO-8: the copy's first, spoiled read is ours; what comes before it waits and follows."""

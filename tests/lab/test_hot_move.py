@@ -296,10 +296,14 @@ def test_a_mode_that_is_not_built_is_refused_by_name(lab: None, mode: str) -> No
     assert mode in json.loads(refused.value.read())["detail"]
 
 
+@pytest.mark.req("R-09")
 def test_memory_is_the_same_at_equality(lab: None) -> None:
+    """The NVA commits only if both digests agree; STOP, equality, commit, RESUME in that order."""
     receipt = ok("vm", "migrate", "web", "--to", elsewhere("web"), "--verify", "-o", "json")
     assert receipt["outcome"] == "moved"
     assert len(receipt["memory"]["digest"]) == 64
+    at = {each["phase"]: each["at"] for each in receipt["phases"]}
+    assert at["paused"] < at["equal"] <= at["committed"] <= at["running"]
 
 
 @pytest.mark.parametrize(

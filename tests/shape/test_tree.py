@@ -19,12 +19,18 @@ MAIN_JOB = {
     "R-52",
 }
 
+WHATEVER_FAILS = {
+    *("R-09", "R-10", "R-14", "R-35", "R-42", "R-45", "R-46"),
+    *("N-09", "N-11", "N-12", "E-01", "E-02"),
+}
+"""What "Whatever fails" names; whoever builds one of the others adds it here."""
+
 
 def test_each_requirement_of_the_main_job_has_a_test_that_names_it() -> None:
     named = set()
     for path in (ROOT / "tests").rglob("*.py"):
-        named |= set(re.findall(r'mark\.req\("(R-\d+)"\)', path.read_text()))
-    assert sorted(MAIN_JOB - named) == []
+        named |= set(re.findall(r'mark\.req\("([REN]-\d+)"\)', path.read_text()))
+    assert sorted((MAIN_JOB | WHATEVER_FAILS) - named) == []
 
 
 @pytest.mark.req("R-38")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from overland.mobility import messages as m
+from overland.model.handover import OLD_NVE_ACTION, Phase
 from overland.sim import run
 from overland.sim.host import SimHost
 from overland.sim.world import Plan, World
@@ -51,6 +52,71 @@ def test_without_faults_every_frame_arrives_once_and_in_order() -> None:
         record = world.run(Plan(frames=40))
         assert record.outcome == "moved"
         assert len(world.books.delivered) == world.books.sent == 40
+
+
+def action(old: SimHost) -> str:
+    """What the old NVE does now with a frame for the VM."""
+    if old.gate is None:
+        return "deliver" if old.copy == "running" else "drop"
+    if old.gate.mode == "pass":
+        return "deliver"
+    if old.gate.mode == "hold" or old.gate.queue:
+        return "hold"
+    return "redirect" if old.gate.into == "tunnel" else "deliver"
+
+
+class Watched(World):
+    """Notes what the old NVE does with a frame when a phase begins, and ever in that phase."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.begins: dict[str, str] = {}
+        self.ever: dict[str, set[str]] = {}
+
+    def note(self, who: str, what: str) -> None:
+        _, _, phase = what.partition(" -> ")
+        if who == "nva" and phase:
+            self.begins.setdefault(phase, self.does())
+
+    def _check(self) -> None:
+        super()._check()
+        open_now = self.record or self.authority.ended_moves[f"m{self._moves}"]
+        self.ever.setdefault(open_now.phase, set()).add(self.does())
+
+    def does(self) -> str:
+        return action(self.hosts[self.old])
+
+
+@pytest.mark.req("R-35")
+def test_the_old_nve_does_in_each_phase_what_the_one_table_says() -> None:
+    """Every row of OLD_NVE_ACTION: at the phase's beginning, or once the abort has come to it."""
+    begins: dict[str, set[str]] = {}
+    ever: dict[str, set[str]] = {}
+    for seed in range(200):
+        world = Watched(seed)
+        abort = ((0.02 + 0.0005 * (seed % 100), "abort", "old", 0.0),) if seed % 2 else ()
+        world.run(Plan(frames=0, faults=abort))
+        for phase, one in world.begins.items():
+            begins.setdefault(phase, set()).add(one)
+        for phase, all_of_them in world.ever.items():
+            ever.setdefault(phase, set()).update(all_of_them)
+    from_copy_on: tuple[Phase, ...] = (
+        "precopy",
+        "paused",
+        "equal",
+        "committed",
+        "converging",
+        "drained",
+    )
+    assert {phase: begins[phase] for phase in from_copy_on} == {
+        phase: {OLD_NVE_ACTION[phase]} for phase in from_copy_on
+    }
+    never_changing: tuple[Phase, ...] = ("planned", "closed", "aborted")
+    assert {phase: ever[phase] for phase in never_changing} == {
+        phase: {OLD_NVE_ACTION[phase]} for phase in never_changing
+    }
+    assert OLD_NVE_ACTION["aborting"] in ever["aborting"]
+    assert "drop" not in ever["aborting"]
 
 
 @pytest.mark.req("R-14")

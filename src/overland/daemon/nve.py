@@ -32,6 +32,7 @@ from overland.model.ticket import Seal, Ticket
 from overland.nve.agent import Agent
 from overland.nve.handovers import Handovers
 from overland.nve.journal import PartJournal
+from overland.nve.revisions import Revisions
 from overland.ports import PortFailure
 from overland.wire import messages as w
 from overland.wire import tls
@@ -69,7 +70,7 @@ class Nve:
         )
         self._host = Host(name=config.host)
         self._vns: dict[str, VnIntent] = {}
-        self._known: dict[str, int] = {}
+        self._revisions = Revisions()
         self._states: dict[str, str] = {}
         self._turns: asyncio.Queue[w.VnPush | w.VnUpdate | w.VmOrder | AnyOrder] = asyncio.Queue()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -123,7 +124,7 @@ class Nve:
         return w.Hello(
             protocol=w.PROTOCOL,
             host=self._host,
-            known=dict(self._known),
+            known=dict(self._revisions.known),
             vms=dict(self._states),
             moves=self._handovers.open_moves(),
         )
@@ -156,6 +157,7 @@ class Nve:
             case w.Unsupported(why=why):
                 log.warning("NVA does not understand: %s", why)
             case w.Welcome():
+                self._revisions.connected()
                 self._handovers.reconnected()
             case w.Answer():
                 pass
@@ -178,7 +180,7 @@ class Nve:
             if not isinstance(push, w.VnPush | w.VnUpdate):
                 self._handovers.order(push)
                 continue
-            if push.revision <= self._known.get(push.network, 0) or not self._fits(push):
+            if not self._news(push):
                 continue
             pushed = self._pushed(push)
             if pushed is None:
@@ -193,7 +195,7 @@ class Nve:
                 failures = tuple(failure.why for failure in await self._agent.want(intent))
             except PortFailure as failure:
                 failures = (str(failure),)
-            self._known[push.network] = push.revision
+            self._revisions.applied(push.network, push.revision, held=pushed is not None)
             self._link.send(
                 w.Ack(
                     network=push.network,
@@ -203,14 +205,13 @@ class Nve:
                 )
             )
 
-    def _fits(self, push: w.VnPush | w.VnUpdate) -> bool:
+    def _news(self, push: w.VnPush | w.VnUpdate) -> bool:
         """An update changes one revision and no other; else the whole is asked for."""
-        if isinstance(push, w.VnPush):
-            return True
-        fits = push.network in self._vns and self._known.get(push.network) == push.base
-        if not fits:
+        base = push.base if isinstance(push, w.VnUpdate) else None
+        judgement = self._revisions.judge(push.network, push.revision, base)
+        if judgement == "ask":
             self._link.send(w.Resync(network=push.network))
-        return fits
+        return judgement == "take"
 
     def _pushed(self, push: w.VnPush | w.VnUpdate) -> VnIntent | None:
         if isinstance(push, w.VnPush):

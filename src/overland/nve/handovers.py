@@ -205,6 +205,11 @@ class Handovers:
                 assert_never(order)
         self._forget_former(part)
         running = _Running(self, part, order.version)
+        why = self._keep(running)
+        if why is not None:
+            # A daemon that is killed must find its part, or nobody can activate the copy (HO-36).
+            self._say(m.Failed(move=order.move, nve=self._nve, step="journal", why=why))
+            return
         self._running[order.move] = running
         self._publish()
         running.take(_MACHINES[part.role].begin(part))
@@ -235,12 +240,15 @@ class Handovers:
             )
         )
 
-    def _keep(self, running: _Running) -> None:
+    def _keep(self, running: _Running) -> str | None:
+        """Why the part could not be written; the move can go on from what was written before."""
         try:
             self._journal.keep(Kept(part=running.part, base_version=running.base_version))
         except OSError as error:
-            # The move goes on; only a restart of this daemon in the middle of it would abort it.
-            log.warning("part of move %s not written: %s", running.part.move, error.strerror)
+            why = error.strerror or str(error)
+            log.warning("part of move %s not written: %s", running.part.move, why)
+            return why
+        return None
 
     def _closed(self, move: str) -> None:
         self._running.pop(move, None)
@@ -562,6 +570,11 @@ class _Performer:
         return None
 
     async def _StopCopy(self, _: m.Do) -> None:
+        new = self._part.role == "new"
+        if new and await self._hypervisor.state(self._vm) == "running":
+            # It was activated, and the part on disk is from before that (HO-36).
+            log.warning("the copy of %s runs: it is left alone", self._vm)
+            return
         await self._hypervisor.stop(self._vm)
 
     async def _CleanUp(self, effect: m.Do) -> m.Done:

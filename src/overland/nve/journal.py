@@ -35,7 +35,11 @@ class PartJournal:
         """Write or replace; a reader sees the former file or this one. OSError: disk full."""
         path = self._path(kept.part.move)
         fresh = path.with_suffix(".new")
-        fresh.write_bytes(msgspec.json.encode(kept))
+        try:
+            fresh.write_bytes(msgspec.json.encode(kept))
+        except OSError:
+            fresh.unlink(missing_ok=True)
+            raise
         fresh.replace(path)
 
     def forget(self, move: str) -> None:

@@ -50,6 +50,7 @@ class SimHost:
         self.cut_until = 0.0
         self.part: Part | None = None
         self.kept: Part | None = None
+        self.disk_full = False
         self.queue: deque[m.Do] = deque()
         self.busy = False
         self.voided = 0
@@ -95,6 +96,9 @@ class SimHost:
         if answer is not None:
             self.closed.add(order.move)
             self.world.report(self, answer(move=order.move, nve=self.name))
+            return
+        nothing = m.Failed(move=order.move, nve=self.name, step="order", why="no part in the move")
+        self.world.report(self, nothing)
 
     def _prepare(self, order: m.PrepareNew | m.PrepareOld | m.PreparePeer) -> None:
         if order.move in self.closed:
@@ -108,6 +112,10 @@ class SimHost:
         vm = None
         if not isinstance(order, m.PreparePeer):
             role, vm = ("new" if isinstance(order, m.PrepareNew) else "old"), order.vm
+        if self.disk_full:
+            failed = m.Failed(move=order.move, nve=self.name, step="journal", why="disk full")
+            self.world.report(self, failed)
+            return
         part = Part(move=order.move, nve=self.name, role=role, vm=vm, ports=order.ports)
         self.part, self.base_version = part, order.version
         self._take(MACHINES[role].begin(part))
@@ -123,7 +131,8 @@ class SimHost:
 
     def _take(self, step: PartStep) -> None:
         self.part, effects = step
-        self.kept = self.part
+        if not self.disk_full:
+            self.kept = self.part
         for effect in effects:
             if isinstance(effect, m.Say):
                 self.world.report(self, effect.report)
@@ -184,6 +193,9 @@ class SimHost:
         self._next()
 
     # ------------------------------------------------------------ life and death
+
+    def disk_freed(self) -> None:
+        self.disk_full = False
 
     def crash(self) -> None:
         """SIGKILL of the daemon: what waited in its queues is gone, and counted as such."""
@@ -274,7 +286,9 @@ class SimHost:
         self._ok(effect)
 
     def _StopCopy(self, effect: m.Do) -> None:
-        self.copy = "none"
+        new = self.part is not None and self.part.role == "new"
+        if not (new and self.copy == "running"):
+            self.copy = "none"
         self._ok(effect)
 
     def _BeginSend(self, effect: m.Do) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from overland.sim.world import Plan, Violation, World
+
+DISKS = ("store", "disk")
+"""The NVA's disk is full, or that of an NVE."""
 
 KINDS = ("daemon", "daemon", "daemon", "nva", "cut", "cut", "copy", "abort")
 
@@ -31,13 +35,30 @@ def plan_of(rng: random.Random) -> Plan:
     return Plan(faults=tuple(faults), duplicate=rng.choice((0.0, 0.0, 0.05)))
 
 
+def with_full_disk(plan: Plan, rng: random.Random) -> Plan:
+    """In every third move a disk is full for a while. Drawn apart: seeds stay what they were."""
+    if rng.randrange(3):
+        return plan
+    at_s = rng.random() * rng.choice((0.06, 0.06, 0.3))
+    who = rng.choice(("old", "new", "peer"))
+    full = (at_s, rng.choice(DISKS), who, 3.0 * rng.random())
+    return replace(plan, faults=(*plan.faults, full))
+
+
 def simulate(seed: int, moves: int, *, trace: bool = False) -> World:
     """Run one seed: `moves` moves of one VM, one after the other. Raises Violation."""
-    rng = random.Random(seed)
-    world = World(rng.randrange(2**32), trace=trace)
-    for _ in range(moves):
-        world.run(plan_of(rng))
+    world = World(random.Random(seed).randrange(2**32), trace=trace)
+    for plan in plans_of(seed, moves):
+        world.run(plan)
     return world
+
+
+def plans_of(seed: int, moves: int) -> Iterator[Plan]:
+    """What happens in each move under `seed`."""
+    rng, disks = random.Random(seed), random.Random(f"disks {seed}")
+    rng.randrange(2**32)  # the world's own
+    for _ in range(moves):
+        yield with_full_disk(plan_of(rng), disks)
 
 
 def failing(seed: int, moves: int) -> Failing | None:
@@ -50,12 +71,11 @@ def failing(seed: int, moves: int) -> Failing | None:
 
 
 def _explained(seed: int, moves: int, why: str) -> Failing:
-    rng = random.Random(seed)
-    world = World(rng.randrange(2**32), trace=True)
+    world = World(random.Random(seed).randrange(2**32), trace=True)
     move = 0
     try:
-        for move in range(1, moves + 1):  # noqa: B007 - it is told
-            world.run(plan_of(rng))
+        for move, plan in enumerate(plans_of(seed, moves), 1):  # noqa: B007 - it is told
+            world.run(plan)
     except Violation:
         pass
     lines = tuple(f"{at_s:10.4f} {who:8} {what}" for at_s, who, what in world.trace or ())

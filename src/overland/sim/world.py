@@ -1,8 +1,9 @@
 """A domain in one process on a seeded clock: NVA, hosts, wires, faults, and what must always hold.
 
-The coordinator and the NVE machines are the real ones; wires, kernels, hypervisors and the store
-are values. Wires behave like TCP: in order while a connection lives, and what was under way when it
-dies may or may not have arrived; besides, any message may come twice.
+The coordinator, the NVE machines and the authority over its store (in memory) are the real ones;
+wires, kernels and hypervisors are values. Wires behave like TCP: in order while a connection lives,
+and what was under way when it dies may or may not have arrived; besides, any message may come
+twice.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from dataclasses import dataclass, field
 
 from overland.mobility import coordinator
 from overland.mobility import messages as m
-from overland.model.cluster import Interface, Vm
-from overland.model.handover import ENDED, Handover, MovingPort, PhaseAt, committed
-from overland.nva.handovers import last_orders
+from overland.model.handover import ENDED, Handover, Options, committed
+from overland.nva.authority import Authority
+from overland.nva.handovers import RETRY_S, last_orders
+from overland.ports import Conflict, StoreFailure
+from overland.sim.domain import NAMES, VM, at_once, founded, host_record
 from overland.sim.host import Frame, SimHost
+from overland.store.memory import MemoryStore
 
 LEASE_S = 3.0
 TICK_S = 0.25
@@ -27,9 +31,6 @@ NOTICE_S = 4.0
 
 QUIET_S = 120.0
 """After the last fault: long enough for every deadline of a move to pass twice."""
-
-NAMES = ("h1", "h2", "h3", "h4")
-VM = Vm(name="web", host="h1", state="running", interfaces=(Interface(network="n", mac="m"),))
 
 
 class Violation(Exception):
@@ -70,11 +71,14 @@ class World:
         self._count = 0
         self._running: set[str] = set()
         self.hosts = {name: SimHost(self, name) for name in NAMES}
-        self.vm_host, self.version = "h1", 1
+        self._store = MemoryStore()
+        at_once(self._store.commit([], founded()))
+        self.store_full = False
+        self._load()
         self.hosts["h1"].copy = "running"
         self.old, self.new = "h1", "h2"
         self.record: Handover | None = None
-        self.ended: dict[str, Handover] = {}
+        self._unwritten = False
         self.nva_alive = True
         self.nva_life = 0
         self.published = 0
@@ -116,7 +120,7 @@ class World:
         self.old = self.vm_host
         self.new = self.random.choice([name for name in NAMES if name != self.old])
         self._moves += 1
-        self.record = self._planned()
+        self.record = self._begun()
         self._step(m.Start())
         self._tick(self.nva_life)
         for at_s, kind, who, seconds in plan.faults:
@@ -144,63 +148,95 @@ class World:
             work()
             self._check()
 
-    def _planned(self) -> Handover:
-        port = MovingPort(
-            network="n",
-            vni=1,
-            device="ovx1",
-            port="ovt1",
-            mac="m",
-            underlay="ipv4",
-            mtu=1500,
-            old=self.old,
-            new=self.new,
-            tunnel=1,
-        )
-        return Handover(
-            id=f"m{self._moves}",
-            vm=VM,
-            old_nve=self.old,
-            new_nve=self.new,
-            peers=tuple(name for name in NAMES if name not in (self.old, self.new)),
-            ports=(port,),
-            version=self.version,
-            phases=(PhaseAt(phase="planned", at_ns=1),),
-        )
+    def _begun(self) -> Handover:
+        """As an operator's wish does it: all hosts are there, and the VM must be free."""
+        for name in NAMES:
+            self.authority.host_seen(host_record(name))
+        return at_once(self.authority.begin_move(f"m{self._moves}", VM, self.new, Options()))
+
+    def _load(self) -> None:
+        """The NVA starts: it knows what its store has."""
+        self.authority = Authority(self._store, lambda _: None)
+        at_once(self.authority.load())
+        self._look()
+
+    def _look(self) -> None:
+        """Where the VM is, as the store has it."""
+        vm = self.authority.vm(VM)
+        self.vm_host, self.version = vm.host, vm.version
 
     # ------------------------------------------------------------ the NVA (nva/handovers.py)
 
     def _step(self, event: m.CoordinatorEvent) -> None:
-        if self.record is None or not self.nva_alive:
+        if self.record is None or not self.nva_alive or self._unwritten:
             return
         before = self.record
-        after, effects = coordinator.step(before, event, self.now_s, int(self.now_s * 1e9) + 1)
+        after, effects = coordinator.step(before, event, self.now_s, self._now_ns())
+        commits = any(isinstance(effect, m.Commit) for effect in effects)
+        if not commits and (effects or after.phase != before.phase):
+            after, effects = self._journalled(before, after, effects)
+        if self._unwritten:
+            return
         if after.phase != before.phase:
             self.note("nva", f"{before.phase} -> {after.phase}")
         self.record = after
-        commits = False
         for effect in effects:
             if isinstance(effect, m.Tell):
                 self._tell(effect.nve, effect.order)
-            else:
-                commits = True
         if commits:
             self._commit()
         elif committed(self.record.phase) and self.published < self.version:
             self._publish()
-        if self.record.phase in ENDED:
-            self.ended[self.record.id] = self.record
+        if self.record is not None and self.record.phase in ENDED:
             self.record = None
 
+    def _journalled(
+        self, before: Handover, after: Handover, effects: tuple[m.CoordinatorEffect, ...]
+    ) -> coordinator.Step:
+        """As nva/handovers.py does it, the last record later if there is no room for it now."""
+        try:
+            self._written(lambda: at_once(self.authority.journal(after)))
+        except StoreFailure as failure:
+            if after.phase in ENDED:
+                self._unwritten = True
+                life = self.nva_life
+                self.later(RETRY_S, lambda: self._write_again(after, life))
+            elif not committed(after.phase) and after.phase != "aborting":
+                abort = m.Abort(why=str(failure))
+                return coordinator.step(before, abort, self.now_s, self._now_ns())
+        return after, effects
+
+    def _write_again(self, last: Handover, life: int) -> None:
+        if self.nva_alive and life == self.nva_life and self.record is not None:
+            self._unwritten = False
+            self._journalled(self.record, last, ())
+            if not self._unwritten:
+                self.record = None
+
+    def _written(self, write: Callable[[], None]) -> None:
+        if self.store_full:
+            self.note("nva", "the disk is full")
+            raise StoreFailure("the disk is full")
+        write()
+
+    def _now_ns(self) -> int:
+        return int(self.now_s * 1e9) + 1
+
     def _commit(self) -> None:
-        record = self.record
-        assert record is not None
-        if self.version != record.version or self.vm_host != record.old_nve:
-            self._step(m.CommitRefused(why="version"))
+        assert self.record is not None
+        won = m.Committed(version=self.record.version + 1, at_ns=self._now_ns())
+        after, effects = coordinator.step(self.record, won, self.now_s, self._now_ns())
+        try:
+            self._written(lambda: at_once(self.authority.commit(after)))
+        except (Conflict, StoreFailure) as failure:
+            self._step(m.CommitRefused(why=str(failure)))
             return
-        self.version += 1
-        self.vm_host = record.new_nve
-        self._step(m.Committed(version=self.version, at_ns=int(self.now_s * 1e9) + 1))
+        self.note("nva", f"{self.record.phase} -> {after.phase}")
+        self.record = after
+        self._look()
+        for effect in effects:
+            if isinstance(effect, m.Tell):
+                self._tell(effect.nve, effect.order)
 
     def _publish(self) -> None:
         self.published = self.version
@@ -250,7 +286,9 @@ class World:
     def _heard(self, host: SimHost, report: m.AnyReport) -> None:
         if self.record is not None and report.move == self.record.id:
             self._step(report)
-        elif report.move in self.ended and not isinstance(report, m.Closed | m.Failed | m.Progress):
+            return
+        ended = self.authority.ended_moves.get(report.move)
+        if ended is not None and not isinstance(report, m.Closed | m.Failed | m.Progress):
             self._tell(host.name, m.Close(move=report.move))
 
     def _wire(self, host: SimHost, way: str, deliver: Callable[[], None]) -> None:
@@ -294,7 +332,7 @@ class World:
         self.note(host.name, "connected")
         moves = host.part.move if host.part is not None else None
         self._step(m.Back(nve=host.name))
-        ended = self.ended.get(moves or "")
+        ended = self.authority.ended_moves.get(moves or "")
         for order in last_orders(ended, host.name) if ended is not None else ():
             self._tell(host.name, order)
         self._push(host)
@@ -336,18 +374,29 @@ class World:
                 if host.copy != "none":
                     self._killed.add(host.name)
                 host.kill_copy()
+            case "store":
+                self.store_full = True
+                self.later(seconds, self._store_freed)
+            case "disk":
+                host.disk_full = True
+                self.later(seconds, host.disk_freed)
             case "cut":
                 host.cut_until = max(host.cut_until, self.now_s + seconds)
                 self.later(NOTICE_S, lambda: self._notice(host))
             case _:
                 pass
 
+    def _store_freed(self) -> None:
+        self.store_full = False
+
     def _notice(self, host: SimHost) -> None:
         if self.now_s < host.cut_until:
             self._disconnect(host)
 
     def _nva_restart(self) -> None:
-        self.nva_alive = True
+        self.nva_alive, self._unwritten = True, False
+        self._load()
+        self.record = self.authority.cluster.moves.get(f"m{self._moves}")
         self.published = self.version if self.record is None else 0
         self._step(m.Start())
         self._tick(self.nva_life)
@@ -446,7 +495,7 @@ class World:
         """At the end: the move has ended, the VM runs once, nothing of the move is left."""
         if self.record is not None:
             raise Violation(f"the move did not end: it is {self.record.phase}")
-        record = self.ended[f"m{self._moves}"]
+        record = self.authority.ended_moves[f"m{self._moves}"]
         vm = self.hosts[self.vm_host]
         if vm.copy != "running" and vm.name not in self._killed:
             # With its process the VM is gone: its own end, not the move's (6-11).

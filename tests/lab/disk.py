@@ -1,0 +1,53 @@
+"""A small disk of its own for one folder of a lab, which can be filled and freed again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+SIZE = "32m"
+"""An NVE keeps 12 MiB of firmware beside what little it writes."""
+
+
+class SmallDisk:
+    """A tmpfs at `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ballast = folder / "ballast"
+
+    def mount(self) -> None:
+        """What the folder had is on the small disk afterwards. Nobody may write meanwhile."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        aside = self._folder.with_suffix(".aside")
+        shutil.copytree(self._folder, aside)
+        _run("mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(self._folder))
+        shutil.copytree(aside, self._folder, dirs_exist_ok=True)
+        shutil.rmtree(aside)
+
+    def fill(self) -> None:
+        """Take the last byte."""
+        with self._ballast.open("wb") as file:
+            free = os.statvfs(self._folder)
+            os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_bsize)
+
+    def free(self) -> None:
+        self._ballast.unlink(missing_ok=True)
+
+    @property
+    def is_full(self) -> bool:
+        return os.statvfs(self._folder).f_bavail == 0
+
+
+def unmount_below(folder: Path) -> None:
+    """Remove all small disks in `folder`, whoever still has files there."""
+    mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    for mount in mounts:
+        if mount.startswith(f"{folder}/"):
+            _run("umount", "--lazy", mount)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True)
