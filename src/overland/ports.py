@@ -33,6 +33,10 @@ class StoreFailure(PortFailure):
     """The store cannot be read or written (corrupt file, full disk)."""
 
 
+class StoreUnsure(StoreFailure):
+    """The store fell silent on a commit: whether it is written is not known."""
+
+
 class Conflict(PortFailure):
     """A compare-and-set met another revision than expected. Nothing was written."""
 

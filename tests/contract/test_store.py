@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from overland.ports import Conflict, Delete, Expect, Put, Store, StoreFailure
+from overland.ports import (
+    Change,
+    Conflict,
+    Delete,
+    Expect,
+    Put,
+    Store,
+    StoreFailure,
+    StoreUnsure,
+)
+from overland.store.etcd import EtcdStore
 from overland.store.memory import MemoryStore
 from overland.store.sqlite import SqliteStore
+from tests.etcd import members
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "etcd"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
-    made: Store = MemoryStore() if request.param == "memory" else SqliteStore(tmp_path / "db")
-    yield made
-    await made.close()
+    async with contextlib.AsyncExitStack() as stack:
+        made: Store
+        match request.param:
+            case "memory":
+                made = MemoryStore()
+            case "sqlite":
+                made = SqliteStore(tmp_path / "db")
+            case _:
+                etcd = await stack.enter_async_context(members(tmp_path, 1))
+                made = EtcdStore(etcd.endpoints)
+        stack.push_async_callback(made.close)
+        yield made
 
 
 async def test_what_was_put_is_there_at_the_revision_of_its_commit(store: Store) -> None:
@@ -101,3 +122,76 @@ def test_a_corrupt_file_is_one_clear_line(tmp_path: Path) -> None:
     path.write_bytes(b"this is not a database at all" * 100)
     with pytest.raises(StoreFailure, match="file is not a database"):
         SqliteStore(path)
+
+
+@pytest.mark.req("N-10")
+async def test_etcd_goes_on_without_any_one_member(tmp_path: Path) -> None:
+    """N-10: the member that is asked first dies; reads, writes and a watch go on with others."""
+    async with members(tmp_path, 3) as etcd:
+        store = EtcdStore(etcd.endpoints)
+        revision = await store.commit([], [Put(key="a", value=b"1")])
+        watch = store.watch("a", revision)
+        change = asyncio.ensure_future(anext(aiter(watch)))
+        etcd.kill(0)
+        entry = await store.get("a")
+        assert entry is not None
+        second = await _committed(store, Expect(key="a", revision=revision), b"2")
+        assert await change == Change(key="a", value=b"2", revision=second)
+        etcd.kill(1)
+        with pytest.raises(StoreUnsure):  # one of three decides nothing
+            await store.commit([Expect(key="a", revision=second)], [Put(key="a", value=b"3")])
+        etcd.start(1)
+        await etcd.ready()
+        await _committed(store, Expect(key="a", revision=second), b"3")
+        await store.close()
+
+
+async def _committed(store: Store, expect: Expect, value: bytes) -> int:
+    """Write however long the members take to choose their own leader."""
+    while True:
+        with contextlib.suppress(StoreFailure):
+            return await store.commit([expect], [Put(key=expect.key, value=value)])
+
+
+async def test_a_write_that_was_made_unheard_is_known_when_the_next_is_asked(
+    tmp_path: Path,
+) -> None:
+    """The first member has written it and falls silent; the second is asked to write the same."""
+    async with members(tmp_path, 1) as etcd, eaten(etcd.endpoints[0]) as first:
+        expect = Expect(key="a", revision=0)
+        puts = [Put(key="a", value=b"1"), Put(key="b", value=b"1")]
+        for value in (b"1", b"2"):
+            store = EtcdStore([first, etcd.endpoints[0]])
+            puts = [Put(key="a", value=value), Put(key="b", value=value)]
+            revision = await store.commit([expect], puts)
+            _, now = await store.list("")
+            assert revision == now
+            with pytest.raises(Conflict):  # nobody was silent: somebody else wrote it
+                await store.commit([expect], puts)
+            await store.close()
+            expect = Expect(key="a", revision=revision)
+
+
+@contextlib.asynccontextmanager
+async def eaten(endpoint: str) -> AsyncIterator[str]:
+    """A way to `endpoint` that eats its answers."""
+    port = int(endpoint.rpartition(":")[2])
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = next(
+            int(line.split(b":")[1])
+            for line in head.split(b"\r\n")
+            if line.lower().startswith(b"content-length")
+        )
+        there, back = await asyncio.open_connection("127.0.0.1", port)
+        back.write(head + await reader.readexactly(length))
+        await there.readuntil(b"\r\n\r\n")
+        back.close()
+        writer.close()
+
+    server = await asyncio.start_server(pass_on, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
