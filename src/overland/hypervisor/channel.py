@@ -21,7 +21,7 @@ from overland.ports import HypervisorFailure
 CONNECT_LIMIT_S = 5.0
 TICK_S = 0.005
 _SO_SNDBUFFORCE, _F_SETPIPE_SZ = 32, 1031
-_ROOM_BYTES = 1 << 20
+ROOM_BYTES = 1 << 20
 """What QEMU can have written that we have not let through: twice the send buffer we ask for."""
 
 _FREE_BYTES = 8 << 20
@@ -50,10 +50,10 @@ class Channel:
     def __init__(self, network: socket.socket) -> None:
         self._network = network
         self._ours, self._theirs = socket.socketpair()
-        self._theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM_BYTES // 2)
+        self._theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ROOM_BYTES // 2)
         self._ours.setblocking(False)
         self._out, self._in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        fcntl.fcntl(self._in, _F_SETPIPE_SZ, _ROOM_BYTES)
+        fcntl.fcntl(self._in, _F_SETPIPE_SZ, ROOM_BYTES)
         self._piped = 0
         self._passed = 0
         self._marked = 0
@@ -85,7 +85,7 @@ class Channel:
 
     def leash(self, more_bytes: int) -> None:
         """QEMU can write at most so much more than it had at the mark, until the next leash."""
-        self._limit = max(self._passed, self._marked + more_bytes - _ROOM_BYTES)
+        self._limit = max(self._passed, self._marked + more_bytes - ROOM_BYTES)
 
     def pace(self, bytes_per_s: int) -> None:
         """Let at most so much through a second, not 0."""
@@ -136,7 +136,7 @@ class Channel:
             self._ticking = None
 
     def _flow(self) -> None:
-        self._pass(_ROOM_BYTES)
+        self._pass(ROOM_BYTES)
 
     def _pass(self, at_most: int) -> None:
         """Splice what is there, at most so much, to the network; what it does not take waits."""

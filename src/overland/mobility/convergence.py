@@ -16,8 +16,12 @@ SINGLE_ROUND_BYTES_PER_S = 192 << 20
 LAST_PART = 1 / 8
 """The part of the countdown with which the VM may be stopped."""
 
-UNSEEN_PART = 1 / 12
-"""The part of the countdown that is never sent before the VM may be stopped."""
+UNSEEN_PART = 1 / 24
+"""The part of the countdown that is never sent before the VM may be stopped.
+
+Between it and the last part lies at least what QEMU can have written ahead (hypervisor.channel):
+else the leash could become so short that nothing goes on.
+"""
 
 
 def expected_stop_s(transfer: Transfer) -> float:
