@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from overland.mobility import messages as m
 from overland.model.cluster import Boot, Endpoint, Host, Interface, Network, Vm
 from overland.model.handover import Checkpoints, Handover, Options, PhaseAt
 from overland.nva.authority import Blocked
+from overland.ports import StoreFailure
 from overland.wire import messages as w
 from overland.wire import tls
 from overland.wire.client import WireClient
@@ -548,6 +549,40 @@ async def test_a_vm_with_a_disk_does_not_move_warm(world: World) -> None:
     authority.cluster.vms["web"] = vm
     assert codes(Options(checkpoints=3)) == set()
     assert codes(Options(checkpoints=3, interval_s=0.0)) == {"malformed"}
+
+
+async def test_the_end_of_a_vm_is_recorded_although_the_disk_was_full(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The NVE says it once; `vm show` must not call it running for ever."""
+    monkeypatch.setattr("overland.daemon.nva.RETRY_S", 0.01)
+    authority = world.domain.authority
+    face = Interface(network="blue", mac="02:00:00:00:00:09")
+    web = Vm(name="web", host="h1", state="running", interfaces=(face,))
+    await authority._write({"vm/web": web})  # noqa: SLF001 - as it was left
+    authority.cluster.vms["web"] = web
+    one = world.nve("h1")
+    one.vms = {"web": "running"}
+    one.connect()
+    await one.hears(w.Welcome)
+    tried = 0
+
+    async def full(*_: object) -> int:
+        nonlocal tried
+        tried += 1
+        raise StoreFailure("database or disk is full")
+
+    with monkeypatch.context() as while_full:
+        while_full.setattr(authority._store, "commit", full)  # noqa: SLF001
+        one.say(w.VmReport(vm="web", state="crashed", reason="QEMU ended"))
+        await until(lambda: tried > 1)
+    await until(lambda: authority.vm("web").state == "crashed")
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while not holds():  # noqa: ASYNC110 - nothing else tells
+            await asyncio.sleep(0.005)
 
 
 @pytest.mark.req("N-09")

@@ -266,6 +266,8 @@ class Lab:
         self._end_daemon(name)
         self._start_daemon(name, self.clock.environment)
         self.until_ready()
+        maps = Path(f"/proc/{int((self.folder / f'{name}.pid').read_text())}/maps").read_text()
+        assert f"{name}.clock" in maps, "the daemon goes by this clock"
         try:
             yield
         finally:

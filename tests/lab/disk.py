@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,17 +27,17 @@ class SmallDisk:
         shutil.rmtree(aside)
 
     def fill(self) -> None:
-        """Take the last byte."""
-        with self._ballast.open("wb") as file:
-            free = os.statvfs(self._folder)
-            os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_bsize)
+        """Take the last byte, whoever else writes meanwhile."""
+        size = 1 << 20
+        with self._ballast.open("ab", buffering=0) as file:
+            while size:
+                try:
+                    file.write(bytes(size))
+                except OSError:
+                    size //= 2
 
     def free(self) -> None:
         self._ballast.unlink(missing_ok=True)
-
-    @property
-    def is_full(self) -> bool:
-        return os.statvfs(self._folder).f_bavail == 0
 
 
 def unmount_below(folder: Path) -> None:

@@ -210,16 +210,20 @@ def _follow(client: Client, move: str) -> dict[str, Any]:
 
 
 def states(client: Client, move: str) -> Iterator[dict[str, Any]]:
-    """Every state of a move until its outcome is known, also over a restart of the NVA."""
-    deadline_s = time.monotonic() + NVA_AWAY_S
-    while time.monotonic() < deadline_s:
+    """Every state of a move until its outcome is known, also over a restart of the NVA.
+
+    A move may say nothing new for long; only an NVA that cannot be asked counts as away.
+    """
+    away_since_s: float | None = None
+    while away_since_s is None or time.monotonic() < away_since_s + NVA_AWAY_S:
         try:
             for state in client.events(f"/v1/migrations/{move}/events"):
-                deadline_s = time.monotonic() + NVA_AWAY_S
+                away_since_s = None
                 yield state
                 if state["outcome"] != "open":
                     return
         except (Unreachable, OSError, http.client.HTTPException):
+            away_since_s = away_since_s or time.monotonic()
             time.sleep(0.2)
     raise Failure(
         f"migration {move}",

@@ -39,7 +39,7 @@ from overland.model.receipt import receipt, timestamp
 from overland.model.ticket import ticket_of
 from overland.nva import rules
 from overland.nva.authority import Authority, Blocked
-from overland.nva.handovers import Handovers, last_orders
+from overland.nva.handovers import RETRY_S, Handovers, last_orders
 from overland.nva.liveness import Liveness
 from overland.nva.mapping import VnView
 from overland.nva.pushes import Pushes, Update, Whole
@@ -199,7 +199,7 @@ class Domain:
                 continue
             if vm.host == host and vm.state in ("running", "paused"):
                 state = copies.get(vm.name, "crashed")
-                self._later(self.authority.vm_state(vm.name, state, "seen at connection"))
+                self._later(self._note_state(vm.name, state, "seen at connection"))
             elif vm.host != host and vm.name in copies:
                 log.warning("NVE %s has an old copy of VM %s: it is stopped", host, vm.name)
                 self._wire.send(host, w.VmOrder(id=next(self._numbers), action="stop", vm=vm))
@@ -266,7 +266,7 @@ class Domain:
             case w.VmReport(vm=name, state=state, reason=reason):
                 vm = self.authority.cluster.vms.get(name)
                 if vm is not None and vm.host == host:
-                    self._later(self.authority.vm_state(name, state, reason))
+                    self._later(self._note_state(name, state, reason))
             case w.HostAnswer(id=number, answers=result) | w.FilesAnswer(id=number, missing=result):
                 self._answered(number, result)
             case w.Resync() | w.Query():
@@ -275,6 +275,15 @@ class Domain:
                 log.warning("NVE %s does not understand: %s", host, why)
             case w.Hello():
                 pass
+
+    async def _note_state(self, name: str, state: str, reason: str | None) -> None:
+        """Record what an NVE saw of a VM, as soon as the store takes it: nobody says it again."""
+        while True:
+            try:
+                return await self.authority.vm_state(name, state, reason)
+            except StoreFailure as failure:
+                log.error("VM %s is %s: %s", name, state, failure)
+                await asyncio.sleep(RETRY_S)
 
     def _answered(self, number: int, result: Any) -> None:
         waiting = self._answers.pop(number, None)
