@@ -71,7 +71,7 @@ def test_on_its_leash_a_single_round_never_ends_unseen(mib: float, written: list
 
 
 def test_as_long_as_the_vm_may_not_be_stopped_the_leash_lets_something_through() -> None:
-    """What QEMU wrote ahead counts against the leash: it was 1 MiB short, and a move stood still."""
+    """What QEMU wrote ahead counts against the leash: with a shorter one a move stood still."""
     shortest = leash(left(SINGLE, 12 * LAST_PART + 0.001))
     assert shortest is not None
     assert SINGLE.countdown_bytes == COUNTDOWN_BYTES
