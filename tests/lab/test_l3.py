@@ -216,8 +216,8 @@ def test_a_vm_moves_across_hosts_with_its_addresses_and_no_route_changes(lab: No
     for place in places:
         for line in (
             "add table inet nodns",
-            "add chain inet nodns all { type filter hook prerouting priority 0; }",
-            "add rule inet nodns all meta l4proto { tcp, udp } th dport 53 drop",
+            "add chain inet nodns every { type filter hook prerouting priority 0; }",
+            "add rule inet nodns every meta l4proto { tcp, udp } th dport 53 drop",
         ):
             subprocess.run(["ip", "netns", "exec", place, "nft", line], check=True)
     before = routes()

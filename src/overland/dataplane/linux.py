@@ -72,7 +72,9 @@ class LinuxKernel:
         bridges = {link.name for link in links if link.kind == "bridge"}
         vxlans = {link.name for link in links if link.kind == "vxlan"}
         bridge_entries, tunnel_entries = await self._entries(names, bridges, vxlans)
-        routed = await self._routers.entries(link.name for link in links if link.kind == "router")
+        inside = await self._routers.entries([e.name for e in links if e.kind == "router"])
+        links = [link for link in links if link.kind != "router" or link.name in inside]
+        routed = [entry for entries in inside.values() for entry in entries]
         return KernelState(
             links=frozenset(links),
             bridge_entries=frozenset(bridge_entries),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -18,7 +18,7 @@ from pyroute2 import AsyncIPRoute
 
 from overland.dataplane.devices import interface_index
 from overland.dataplane.namespace import NETNS, batch, inside, path_of, run, shown
-from overland.model.names import GATEWAY_MAC, router_namespace
+from overland.model.names import GATEWAY_MAC, router_name, router_namespace
 from overland.model.nve import HostRoute, Link, Op, OpFailure, RouterNeighbour
 from overland.ports import KernelFailure
 
@@ -27,11 +27,7 @@ ICMP_INTERVAL_MS = 100
 """At most one ICMP error to the same tenant in this time (Packet Too Big is never withheld)."""
 
 Entry = HostRoute | RouterNeighbour
-_SHOW = (
-    f"route show root 0.0.0.0/0 dev {INNER} proto static",
-    f"route show root ::/0 dev {INNER} proto static",
-    f"neigh show dev {INNER} nud permanent",
-)
+_SHOW = (f"route show dev {INNER} proto static", f"neigh show dev {INNER} nud permanent")
 _KNOBS = {
     "ipv4/ip_forward": 1,
     "ipv6/conf/all/forwarding": 1,
@@ -76,12 +72,9 @@ class Routers:
     async def make(self, link: Link) -> None:
         """Make the namespace, the pair and what is inside; the port is not in the bridge yet."""
         namespace = router_namespace(self._prefix, link.name)
-        with contextlib.suppress(KernelFailure):
-            interface_index(link.name)
+        if _there(link.name) and (NETNS / namespace).exists():
             return
-        # Whatever has this name and no port is the rest of a crash.
-        with contextlib.suppress(KernelFailure):
-            await run("netns", "del", namespace)
+        await self.remove(link.name)  # one without the other is the rest of a crash
         await run("netns", "add", namespace)
         await self._ip.link(
             "add",
@@ -120,35 +113,32 @@ class Routers:
 
     async def sweep(self) -> None:
         """Remove the namespaces of ours that have lost their port: the rest of a crash."""
-        for path in NETNS.glob(f"{self._prefix}-r*"):
-            number = path.name.removeprefix(f"{self._prefix}-r")
-            if number.isdecimal():
-                with contextlib.suppress(KernelFailure):
-                    interface_index(f"ovr{number}")
-                    continue
-                with contextlib.suppress(KernelFailure):
-                    await run("netns", "del", path.name)
+        begin = router_namespace(self._prefix, router_name(0)).removesuffix("0")
+        for path in NETNS.glob(f"{begin}*"):
+            number = path.name.removeprefix(begin)
+            if number.isdecimal() and not _there(router_name(int(number))):
+                await run("netns", "del", path.name)
 
     # ------------------------------------------------------------ entries
 
-    async def entries(self, names: Iterable[str]) -> list[Entry]:
-        """What is inside the routers behind the ports `names`."""
-        found = await asyncio.gather(*(self._inside(name) for name in names))
-        return [entry for each in found for entry in each]
+    async def entries(self, names: Sequence[str]) -> dict[str, list[Entry]]:
+        """What is inside the routers behind the ports `names`, of those that can be entered."""
+        found = await asyncio.gather(*map(self._inside, names))
+        return {name: each for name, each in zip(names, found, strict=True) if each is not None}
 
-    async def _inside(self, name: str) -> list[Entry]:
-        *routes, neighbours = await shown(router_namespace(self._prefix, name), _SHOW)
-        return [
-            *(
-                HostRoute(router=name, address=each.dst, mtu=_mtu(each))
-                for text in routes
-                for each in msgspec.json.decode(text, type=list[_Route])
-            ),
-            *(
-                RouterNeighbour(router=name, address=each.dst, mac=each.lladdr)
-                for each in msgspec.json.decode(neighbours, type=list[_Neigh])
-            ),
-        ]
+    async def _inside(self, name: str) -> list[Entry] | None:
+        namespace = router_namespace(self._prefix, name)
+        try:
+            texts = await asyncio.gather(*(shown(namespace, family, _SHOW) for family in (4, 6)))
+        except KernelFailure:
+            return None
+        found: list[Entry] = []
+        for routes, neighbours in texts:
+            for route in msgspec.json.decode(routes, type=list[_Route]):
+                found.append(HostRoute(router=name, address=route.dst, mtu=_mtu(route)))
+            for each in msgspec.json.decode(neighbours, type=list[_Neigh]):
+                found.append(RouterNeighbour(router=name, address=each.dst, mac=each.lladdr))
+        return found
 
     async def apply(self, ops: Sequence[Op]) -> list[OpFailure]:
         """Perform ops on entries, in order, those of one router in one process."""
@@ -166,6 +156,12 @@ class Routers:
                 if not (mine[at].verb == "remove" and any(each in why for each in _ABSENT))
             ]
         return failures
+
+
+def _there(device: str) -> bool:
+    with contextlib.suppress(KernelFailure):
+        return interface_index(device) > 0
+    return False
 
 
 def _mtu(route: _Route) -> int:
