@@ -169,6 +169,14 @@ def test_nothing_reaches_a_tenant_past_the_router(lab: None, peer: str) -> None:
     assert at("h1", "bridge", "fdb", "show", "dev", "ovx77").stdout.count("00:00:00:00:00:00") == 0
 
 
+def test_who_has_an_address_of_nobody_is_not_heard(lab: None) -> None:
+    """He gets no answer from the router, and no place in its neighbour table, which hosts share."""
+    at("e-r2", "ip", "addr", "add", "10.42.0.200/32", "dev", "eth0")
+    assert ping("e-r2", GATEWAY[4]).returncode == 0
+    assert ping("e-r2", GATEWAY[4], "-I", "10.42.0.200").returncode == 1
+    assert "10.42.0.200" not in at("h2-r78", "ip", "neigh").stdout
+
+
 @pytest.mark.req("R-44")
 def test_an_nve_without_a_tenant_has_no_router(lab: None) -> None:
     names = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout

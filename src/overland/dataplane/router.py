@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,8 @@ INNER = "gw"
 ICMP_INTERVAL_MS = 100
 """At most one ICMP error to the same tenant in this time (Packet Too Big is never withheld)."""
 
+log = logging.getLogger(__name__)
+
 Entry = HostRoute | RouterNeighbour
 _SHOW = (f"route show dev {INNER} proto static", f"neigh show dev {INNER} nud permanent")
 _KNOBS = {
@@ -37,8 +40,10 @@ _KNOBS = {
         f"ipv4/conf/{device}/{knob}": 0
         for device in ("all", "default", INNER)
         # Packets leave by the device they came by: no redirect may offer a shorter way.
-        for knob in ("rp_filter", "send_redirects", "accept_redirects", "accept_source_route")
+        for knob in ("send_redirects", "accept_redirects", "accept_source_route")
     },
+    # Strict: who has no host route here is nobody, and fills no neighbour table (RFC 3704).
+    f"ipv4/conf/{INNER}/rp_filter": 1,
     f"ipv6/conf/{INNER}/accept_ra": 0,
     f"ipv6/conf/{INNER}/accept_redirects": 0,
     # Without a link-local address there is nothing an IPv6 redirect could come from (RFC 4861 8.2).
@@ -117,7 +122,10 @@ class Routers:
         for path in NETNS.glob(f"{begin}*"):
             number = path.name.removeprefix(begin)
             if number.isdecimal() and not _there(router_name(int(number))):
-                await run("netns", "del", path.name)
+                try:
+                    await run("netns", "del", path.name)
+                except KernelFailure as failure:
+                    log.warning("%s", failure)
 
     # ------------------------------------------------------------ entries
 
