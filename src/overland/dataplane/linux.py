@@ -73,11 +73,12 @@ class LinuxKernel:
         vxlans = {link.name for link in links if link.kind == "vxlan"}
         bridge_entries, tunnel_entries = await self._entries(names, bridges, vxlans)
         inside = await self._routers.entries([e.name for e in links if e.kind == "router"])
-        links = [link for link in links if link.kind != "router" or link.name in inside]
+        # A port whose router cannot be entered is as good as gone, with all that leads to it.
+        lost = {link.name for link in links if link.kind == "router"} - inside.keys()
         routed = [entry for entries in inside.values() for entry in entries]
         return KernelState(
-            links=frozenset(links),
-            bridge_entries=frozenset(bridge_entries),
+            links=frozenset(link for link in links if link.name not in lost),
+            bridge_entries=frozenset(e for e in bridge_entries if e.port not in lost),
             tunnel_entries=frozenset(tunnel_entries),
             neighbours=frozenset(await self._neighbours(names, bridges)),
             router_neighbours=frozenset(e for e in routed if isinstance(e, RouterNeighbour)),

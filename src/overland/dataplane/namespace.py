@@ -63,12 +63,9 @@ async def batch(namespace: str, lines: Sequence[str]) -> dict[int, str]:
     return failed or dict.fromkeys(range(len(lines)), why)
 
 
-async def shown(namespace: str, family: int, lines: Sequence[str]) -> list[bytes]:
-    """The JSON that each `show` line prints of IPv4 or IPv6 (`family` 4 or 6) in `namespace`.
-
-    KernelFailure when it cannot be entered.
-    """
-    arguments = ("-n", namespace, f"-{family}", "-j", "-batch", "-")
+async def shown(namespace: str, lines: Sequence[str]) -> list[bytes]:
+    """The JSON that each `show` line prints in `namespace`; KernelFailure when it cannot."""
+    arguments = ("-n", namespace, "-j", "-batch", "-")
     code, out, said = await _ip(*arguments, lines=lines)
     texts = out.splitlines()
     if code or len(texts) != len(lines):

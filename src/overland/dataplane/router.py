@@ -30,7 +30,10 @@ ICMP_INTERVAL_MS = 100
 log = logging.getLogger(__name__)
 
 Entry = HostRoute | RouterNeighbour
-_SHOW = (f"route show dev {INNER} proto static", f"neigh show dev {INNER} nud permanent")
+_SHOW = (
+    f"route show table all dev {INNER} proto static",  # of all tables, or IPv4 alone is shown
+    f"neigh show dev {INNER} nud permanent",
+)
 _KNOBS = {
     "ipv4/ip_forward": 1,
     "ipv6/conf/all/forwarding": 1,
@@ -137,16 +140,19 @@ class Routers:
     async def _inside(self, name: str) -> list[Entry] | None:
         namespace = router_namespace(self._prefix, name)
         try:
-            texts = await asyncio.gather(*(shown(namespace, family, _SHOW) for family in (4, 6)))
+            routes, neighbours = await shown(namespace, _SHOW)
         except KernelFailure:
             return None
-        found: list[Entry] = []
-        for routes, neighbours in texts:
-            for route in msgspec.json.decode(routes, type=list[_Route]):
-                found.append(HostRoute(router=name, address=route.dst, mtu=_mtu(route)))
-            for each in msgspec.json.decode(neighbours, type=list[_Neigh]):
-                found.append(RouterNeighbour(router=name, address=each.dst, mac=each.lladdr))
-        return found
+        return [
+            *(
+                HostRoute(router=name, address=each.dst, mtu=_mtu(each))
+                for each in msgspec.json.decode(routes, type=list[_Route])
+            ),
+            *(
+                RouterNeighbour(router=name, address=each.dst, mac=each.lladdr)
+                for each in msgspec.json.decode(neighbours, type=list[_Neigh])
+            ),
+        ]
 
     async def apply(self, ops: Sequence[Op]) -> list[OpFailure]:
         """Perform ops on entries, in order, those of one router in one process."""
