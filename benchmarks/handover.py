@@ -29,11 +29,11 @@ def overland(*arguments: str, check: bool = True) -> Any:
     return json.loads(done.stdout) if done.stdout.startswith("{") else done.stdout
 
 
-def prepare() -> None:
+def prepare(kind: str) -> None:
     overland("lab", "down", "--name", LAB)
     overland("lab", "up", "--name", LAB)
     overland(
-        *("network", "create", "blue", "--vni", "42"),
+        *("network", "create", "blue", "--vni", "42", "--kind", kind),
         *("--ipv4", "10.42.0.0/24", "--ipv6", "fd42::/64"),
     )
     for index, host in enumerate(HOSTS, 1):
@@ -87,12 +87,13 @@ def main() -> None:
     parser.add_argument("--moves", type=int, default=30)
     parser.add_argument("--rate", type=int, default=5000)
     parser.add_argument("--rate-from-vm", type=int)
+    parser.add_argument("--kind", choices=("l2", "l3"), default="l2", help="of the network")
     parser.add_argument("--no-plain", action="store_true", help="without the plain bridge")
     parser.add_argument("--out", type=Path, default=Path("out/bench-handover.json"))
     options = parser.parse_args()
     back = options.rate if options.rate_from_vm is None else options.rate_from_vm
     os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="bench-")  # a context of our own
-    prepare()
+    prepare(options.kind)
     try:
         ours = moves_under_traffic(options.moves, options.rate, back)
         restarts = restart_under_traffic(options.rate)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.lab.chaos import Lab, ok
 
-from overland.daemon import inside
+from overland.dataplane.namespace import inside
 from overland.lab.topology import LABS
 
 LAB = "modes"

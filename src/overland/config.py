@@ -59,6 +59,9 @@ class NveConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     daemon: the VMs that run are found by it."""
     tls: Tls
     """Who this NVE is, and whom it believes."""
+    namespace_prefix: str = "ovl"
+    """How the names of the network namespaces of this NVE's routers begin; no other NVE on the same
+    machine may have the same."""
     hold_frames: int = 20_000
     """Bound of every hold queue and of each tap's ring, in frames."""
     memory_mib: int = 0

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from overland.model.names import GATEWAY_MAC
 from overland.model.nve import (
     FLOOD,
     BridgeEntry,
     Fact,
+    HostRoute,
     KernelState,
     Link,
     Muted,
@@ -17,6 +22,7 @@ from overland.model.nve import (
     NveIntent,
     Op,
     RemoteIntent,
+    RouterNeighbour,
     TsiIntent,
     TunnelEntry,
     VnIntent,
@@ -43,13 +49,22 @@ def remote(mac: str, nve: str, version: int = 1) -> RemoteIntent:
     return RemoteIntent(mac=mac, ipv6=f"fd00::{mac[-1]}", nve=nve, version=version)
 
 
-def intent(tsis: list[TsiIntent], remotes: list[RemoteIntent], members: list[str]) -> NveIntent:
+GATEWAYS = ("10.0.0.1/24", "fd00::1/64")
+
+
+def intent(
+    tsis: list[TsiIntent],
+    remotes: list[RemoteIntent],
+    members: list[str],
+    gateways: tuple[str, ...] = (),
+) -> NveIntent:
     vn = VnIntent(
         network="blue",
         vni=42,
         mtu=1500,
         underlay="ipv4",
         local="192.0.2.1",
+        gateways=gateways,
         members=tuple(members),
         tsis=tuple(tsis),
         remotes=tuple(remotes),
@@ -68,6 +83,7 @@ intents = st.builds(
         unique_by=lambda each: each.mac,
     ),
     st.lists(st.sampled_from(["192.0.2.2", "192.0.2.3"]), unique=True),
+    st.sampled_from([(), GATEWAYS]),
 )
 
 
@@ -77,6 +93,8 @@ def facts(state: KernelState) -> set[Fact]:
         *state.bridge_entries,
         *state.tunnel_entries,
         *state.neighbours,
+        *state.router_neighbours,
+        *state.host_routes,
         *state.muted,
     }
 
@@ -91,6 +109,10 @@ def key(fact: Fact) -> object:
             return (device, mac, remote if mac == FLOOD else "")
         case Neighbour(bridge=bridge, address=address):
             return (bridge, address)
+        case RouterNeighbour(router=router, address=address):
+            return ("router neighbour", router, address)
+        case HostRoute(router=router, address=address):
+            return ("route", router, address)
         case Muted(port=port):
             return ("muted", port)
 
@@ -158,3 +180,48 @@ def test_the_loop_leaves_a_moving_mac_alone_until_the_commit(
     settled = settle(render(wanted), steered, wanted, frozenset({moving}))
     remotes = {e.remote for e in settled.tunnel_entries if e.mac == mac}
     assert remotes == ({"192.0.2.3"} if kept else {"192.0.2.2"})
+
+
+@pytest.mark.req("R-08")
+@pytest.mark.req("R-22")
+def test_a_move_changes_no_route_and_no_neighbour_of_any_router() -> None:
+    """R-08: host routes say that a tenant is, not where; the same on the old, new and peer NVE."""
+    mac, others = MACS[0], ["192.0.2.2", "192.0.2.3"]
+    away = [remote(mac, nve) for nve in others]
+    tenant = msgspec.structs.replace(tsi(mac, "activated"), ipv4=None, ipv6=away[0].ipv6)
+    old, new, peer = (
+        render(intent(tsis, remotes, others, GATEWAYS))
+        for tsis, remotes in (([tenant], []), ([], away[:1]), ([], away[1:]))
+    )
+    for before, after in itertools.permutations((old, new, peer), 2):
+        touched = {type(op.fact) for op in delta(after, before)}
+        assert not touched & {RouterNeighbour, HostRoute}
+    assert {route.address for route in new.host_routes} == {"fd00::1"}
+
+
+@given(intents, intents)
+def test_a_router_never_has_a_route_without_its_neighbour(
+    before: NveIntent, after: NveIntent
+) -> None:
+    """It would ask the VN for a MAC address, and nobody is to be asked."""
+    actual, desired = render(before), render(after)
+    state = facts(actual)
+    for op in delta(desired, actual):
+        state = perform(state, (op,))
+        routes = {(e.router, e.address) for e in state if isinstance(e, HostRoute)}
+        assert routes <= {(e.router, e.address) for e in state if isinstance(e, RouterNeighbour)}
+
+
+def test_a_routed_vn_is_no_broadcast_domain() -> None:
+    """Nothing stands for everybody; the bridge answers nobody, the router does."""
+    there = remote(MACS[1], "192.0.2.2")
+    state = render(intent([tsi(MACS[0], "activated")], [there], ["192.0.2.2"], GATEWAYS))
+    assert FLOOD not in {entry.mac for entry in state.tunnel_entries}
+    assert state.neighbours == frozenset()
+    assert {(link.kind, link.routed) for link in state.links} == {
+        ("bridge", False),
+        ("router", False),
+        ("vxlan", True),
+        ("tap", True),
+    }
+    assert BridgeEntry(bridge="ovb42", mac=GATEWAY_MAC, port="ovr42") in state.bridge_entries

@@ -8,12 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overland.model.cluster import Endpoint, Host, Interface, Network, Vm, VmState
+from overland.model.names import GATEWAY_MAC
 from overland.model.nve import VnChange, changed
 from overland.nva.cluster import Cluster
 from overland.nva.mapping import VnView
-from overland.nva.rules import action_refused, move_blockers, network_blockers
+from overland.nva.rules import (
+    action_refused,
+    interface_blockers,
+    move_blockers,
+    network_blockers,
+)
 
 BLUE = Network(name="blue", vni=42, ipv4="10.0.0.0/24", ipv6="fd00::/64")
+GREY = Network(name="grey", vni=50, kind="l3", ipv4="10.0.0.0/24", ipv6="fd00::/64", mtu=1400)
 RED = Network(name="red", vni=43, underlay="ipv6")
 
 
@@ -140,12 +147,65 @@ def test_each_action_has_its_states(action: str, allowed: set[str]) -> None:
     assert found == allowed
 
 
+def test_a_kind_that_is_not_built_is_refused_by_name() -> None:
+    wish = msgspec.structs.replace(GREY, kind="ila")
+    assert [each.code for each in network_blockers(cluster(), wish)] == ["unsupported_kind"]
+
+
+@pytest.mark.parametrize(
+    ("ipv4", "ipv6", "codes"),
+    [
+        ("10.0.0.0/24", None, []),
+        (None, "fd00::/64", []),
+        ("10.0.0.0/30", "fd00::/126", []),
+        (None, None, ["no_subnet"]),
+        ("10.0.0.0/31", "fd00::/127", ["malformed", "malformed"]),
+        ("10.0.0.1/24", None, ["malformed"]),
+    ],
+)
+def test_a_routed_network_needs_a_subnet_with_room(
+    ipv4: str | None, ipv6: str | None, codes: list[str]
+) -> None:
+    """Its subnets may overlap with those of other tenants: blue has the same here."""
+    wish = msgspec.structs.replace(GREY, ipv4=ipv4, ipv6=ipv6)
+    assert [each.code for each in network_blockers(cluster(), wish)] == codes
+
+
+@pytest.mark.parametrize(
+    ("given", "codes"),
+    [
+        ({"ipv4": "10.0.0.5"}, []),
+        ({"ipv6": "fd00::5"}, []),
+        ({"ipv4": "10.0.0.1"}, ["address_taken"]),
+        ({"ipv4": "10.0.0.5", "ipv6": "fd00::1"}, ["address_taken"]),
+        ({"ipv4": "10.0.0.5", "mac": GATEWAY_MAC}, ["address_taken"]),
+        ({}, ["no_address"]),
+    ],
+)
+def test_what_is_the_routers_is_no_tenants(given: dict[str, str], codes: list[str]) -> None:
+    now = cluster()
+    now.networks["grey"] = GREY
+    face = Interface(network="grey", mac=given.get("mac", "02:00:00:00:00:09"))
+    face = msgspec.structs.replace(face, ipv4=given.get("ipv4"), ipv6=given.get("ipv6"))
+    assert [each.code for each in interface_blockers(now, "x", (face,))] == codes
+
+
+def test_an_address_of_a_family_without_a_gateway_is_refused() -> None:
+    now = cluster()
+    now.networks["grey"] = msgspec.structs.replace(GREY, ipv6=None)
+    face = Interface(network="grey", mac="02:00:00:00:00:09", ipv4="10.0.0.5", ipv6="fd00::5")
+    assert [e.code for e in interface_blockers(now, "x", (face,))] == ["address_outside"]
+
+
 @pytest.mark.req("R-08")
-@pytest.mark.parametrize("kind", ["l3", "ila"])
-def test_host_routes_are_refused_and_not_half_there(kind: str) -> None:
-    """R-08: until L3 networks are built, asking for one is refused by name."""
-    wish = Network(name="routed", vni=50, kind=kind)  # type: ignore[arg-type]
-    assert "unsupported_kind" in {each.code for each in network_blockers(cluster(), wish)}
+@pytest.mark.req("R-50")
+def test_the_gateway_is_the_same_on_every_nve() -> None:
+    now = cluster()
+    now.networks["blue"] = msgspec.structs.replace(BLUE, kind="l3")
+    view = VnView(now, now.networks["blue"])
+    for host in ("h1", "h2"):
+        assert view.intent(host).gateways == ("10.0.0.1/24", "fd00::1/64")
+    assert VnView(cluster(), BLUE).intent("h1").gateways == ()
 
 
 @pytest.mark.req("R-42")

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 from itertools import pairwise
 
-from overland.daemon import inside
+from overland.dataplane.namespace import inside
 
 _ETH_P_ALL, _SO_RCVBUFFORCE, _SO_TIMESTAMPNS, _OUTGOING = 3, 33, 35, 4
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import pytest
 from pyroute2 import AsyncIPRoute
 
-from overland.daemon import inside
 from overland.dataplane import gate
 from overland.dataplane.devices import silence
 from overland.dataplane.gate import PATH_FRAME
 from overland.dataplane.gates import Gates
 from overland.dataplane.handover import LinuxHandoverPath
 from overland.dataplane.hold import Injectors
+from overland.dataplane.namespace import inside
 from overland.dataplane.reach import answers
 from overland.dataplane.tap import TapTable, read_frames, ring_empty, vnet_header_bytes
 from overland.model.names import hold_name, tunnel_name

@@ -18,6 +18,7 @@ from overland.cli.output import Exit, Failure, Format, done, show
 from overland.lab import console, guest
 from overland.lab import lab as labs
 from overland.lab.topology import LABS, Topology, endpoint_namespace, topology
+from overland.model.names import gateway_of
 from overland.probe.build import BuildError, helper_path
 
 lab = typer.Typer(no_args_is_help=True, help="A data centre on one machine.")
@@ -206,15 +207,22 @@ def lab_guest_boot(client: Client, interfaces: list[dict[str, str]], append: str
         raise Failure("guest image", str(error), "guest_image") from None
     words = ["console=ttyS0", "quiet"]
     for index, interface in enumerate(interfaces):
-        network = networks.get(interface["network"], {})
-        parts = [
-            f"{interface[family]}/{network[family].rpartition('/')[2]}"
-            for family in ("ipv4", "ipv6")
-            if interface.get(family) and network.get(family)
-        ]
-        words.append(f"ov.ip={index},{','.join(parts) or '-'}")
+        words += _guest_words(index, interface, networks.get(interface["network"], {}))
     return {
         "kernel": str(image.kernel),
         "initrd": str(image.initrd),
         "append": " ".join([*words, append]).strip(),
     }
+
+
+def _guest_words(index: int, interface: dict[str, str], network: dict[str, Any]) -> list[str]:
+    """The interface's addresses, and in a routed network its gateways, as the guest reads them."""
+    routed = network.get("kind") == "l3"
+    addresses, gateways = [], []
+    for family, whole in (("ipv4", "32"), ("ipv6", "128")):
+        if interface.get(family) and network.get(family):
+            gateway, _, length = gateway_of(network[family]).partition("/")
+            addresses.append(f"{interface[family]}/{whole if routed else length}")
+            gateways.append(gateway)
+    words = [f"ov.ip={index},{','.join(addresses) or '-'}"]
+    return [*words, f"ov.gw={index},{','.join(gateways)}"] if routed else words

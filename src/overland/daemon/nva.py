@@ -18,7 +18,8 @@ import uvicorn
 
 from overland.api.rest import create_app
 from overland.config import NvaConfig
-from overland.daemon import inside, run_first
+from overland.daemon import run_first
+from overland.dataplane.namespace import inside
 from overland.mobility import coordinator
 from overland.mobility.coordinator import recoverable
 from overland.mobility.forecast import forecast, seen_before

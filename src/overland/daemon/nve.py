@@ -22,6 +22,7 @@ from overland.dataplane.linux import LinuxKernel
 from overland.dataplane.nftables import Nftables
 from overland.dataplane.preflight import blockers, kernel_blockers, underlay_mtu
 from overland.dataplane.reach import answers
+from overland.dataplane.router import Routers
 from overland.dataplane.tap import TapTable
 from overland.hypervisor.qemu import QemuHypervisor
 from overland.mobility.messages import AnyOrder, AnyReport, PrepareNew, PrepareOld, PreparePeer
@@ -52,10 +53,11 @@ class Nve:
         nft = Nftables()
         nft.ensure()
         injectors = Injectors()
+        self._routers = Routers(ip, config.namespace_prefix)
         self._taps = taps
         self._hypervisor = QemuHypervisor(Path(config.run_dir), taps, config.qemu)
         self._agent = Agent(
-            LinuxKernel(ip, nft, gates, taps, config.hold_frames),
+            LinuxKernel(ip, nft, gates, taps, self._routers, config.hold_frames),
             lambda port: announce(port, injectors.into(port.device, mark=0), taps.fd(port.port)),
         )
         self._handovers = Handovers(
@@ -87,6 +89,7 @@ class Nve:
                 for port in part.ports:
                     self._adopt(part.vm.name, port.port)
         await self._handovers.resume()
+        await self._routers.sweep()
         self._host = await self._facts()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._agent.run())

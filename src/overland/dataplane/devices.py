@@ -61,7 +61,11 @@ def answer_only(name: str) -> None:
     """Let the kernel hold IPv6 neighbours on bridge `name`, to answer ND, but no address.
 
     Without an address it has nothing of its own to say (net/ipv6/addrconf.c, addr_gen_mode none).
+    Nor does it answer ARP for the host's own addresses, which are none of the tenants' business.
     """
+    ipv4 = Path(f"/proc/sys/net/ipv4/conf/{name}/arp_ignore")
+    if ipv4.exists():
+        ipv4.write_text("8")
     folder = Path(f"/proc/sys/net/ipv6/conf/{name}")
     if folder.exists():
         (folder / "addr_gen_mode").write_text("1")

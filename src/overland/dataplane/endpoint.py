@@ -6,26 +6,31 @@ look into other namespaces.
 
 from __future__ import annotations
 
-import asyncio
+from typing import Any
 
 from pyroute2 import AsyncIPRoute
 
+from overland.dataplane.namespace import batch
 from overland.model.nve import Link
 from overland.ports import KernelFailure
 
 INNER = "eth0"
 
 
-def from_alias(alias: str) -> dict[str, str | None]:
-    """The inner end as its mark tells: `overland port OWNER/INDEX NAMESPACE MAC IPV4 IPV6`."""
+def from_alias(alias: str) -> dict[str, Any]:
+    """The inner end as its mark tells.
+
+    `overland port OWNER/INDEX NAMESPACE MAC IPV4 IPV6`, and the gateways of a routed VN.
+    """
     words = alias.split()
-    if len(words) != 7:
+    if len(words) < 7:
         return {}
     return {
         "namespace": words[3],
         "peer_mac": words[4],
         "peer_ipv4": words[5] if words[5] != "-" else None,
         "peer_ipv6": words[6] if words[6] != "-" else None,
+        "gateways": tuple(words[7:]),
     }
 
 
@@ -49,20 +54,10 @@ async def make(ip: AsyncIPRoute, link: Link) -> None:
         lines.append(f"addr replace {link.peer_ipv4} dev {INNER}")
     if link.peer_ipv6:
         lines.append(f"addr replace {link.peer_ipv6} dev {INNER} nodad")
-    await _inside(link.namespace, lines)
-
-
-async def _inside(namespace: str, lines: list[str]) -> None:
-    process = await asyncio.create_subprocess_exec(
-        "ip",
-        "-n",
-        namespace,
-        "-batch",
-        "-",
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    _, said = await process.communicate(("\n".join(lines) + "\n").encode())
-    if process.returncode:
-        raise KernelFailure(f"namespace {namespace}: {said.decode().strip().splitlines()[0]}")
+    for gateway in link.gateways:
+        if link.peer_ipv6 if ":" in gateway else link.peer_ipv4:
+            lines.append(f"route replace {gateway} dev {INNER}")
+            lines.append(f"route replace default via {gateway} dev {INNER}")
+    failed = await batch(link.namespace, lines)
+    if failed:
+        raise KernelFailure(f"namespace {link.namespace}: {next(iter(failed.values()))}")

@@ -8,6 +8,7 @@ the NVA knows. Devices of handovers (tunnels, hold queues) are theirs, not the r
 from __future__ import annotations
 
 import errno
+import itertools
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -15,27 +16,31 @@ from typing import Any
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from overland.dataplane import endpoint
+from overland.dataplane import endpoint, router
 from overland.dataplane.devices import answer_only, interface_index, silence
 from overland.dataplane.gates import Gates
 from overland.dataplane.nftables import Nftables
+from overland.dataplane.router import Routers
 from overland.dataplane.tap import TapTable
 from overland.model.names import is_ours
 from overland.model.nve import (
     FLOOD,
     BridgeEntry,
+    HostRoute,
     KernelState,
     Link,
     Muted,
     Neighbour,
     Op,
     OpFailure,
+    RouterNeighbour,
     TunnelEntry,
 )
 from overland.ports import KernelFailure
 
 VXLAN_PORT = 4789
 _KINDS = {"bridge": "bridge", "vxlan": "vxlan", "tun": "tap", "veth": "veth"}
+_OURS = ("bridge", "vxlan", "router", "port")
 _NTF_SELF, _NTF_MASTER = 0x02, 0x04
 _NUD_NOARP, _NUD_PERMANENT = 0x40, 0x80
 _ALREADY, _ABSENT = {errno.EEXIST}, {errno.ENOENT, errno.ENODEV, errno.ESRCH}
@@ -50,33 +55,41 @@ class LinuxKernel:
         nft: Nftables,
         gates: Gates,
         taps: TapTable,
+        routers: Routers,
         queue_frames: int,
     ) -> None:
         self._ip = ip
         self._nft = nft
         self._gates = gates
         self._taps = taps
+        self._routers = routers
         self._queue_frames = queue_frames
 
     # ------------------------------------------------------------ reading back
 
     async def snapshot(self) -> KernelState:
-        links, names = await self._links()
+        links, names = await self._links(self._nft.routed())
         bridges = {link.name for link in links if link.kind == "bridge"}
         vxlans = {link.name for link in links if link.kind == "vxlan"}
         bridge_entries, tunnel_entries = await self._entries(names, bridges, vxlans)
+        inside = await self._routers.entries([e.name for e in links if e.kind == "router"])
+        # A port whose router cannot be entered is as good as gone, with all that leads to it.
+        lost = {link.name for link in links if link.kind == "router"} - inside.keys()
+        routed = [entry for entries in inside.values() for entry in entries]
         return KernelState(
-            links=frozenset(links),
-            bridge_entries=frozenset(bridge_entries),
+            links=frozenset(link for link in links if link.name not in lost),
+            bridge_entries=frozenset(e for e in bridge_entries if e.port not in lost),
             tunnel_entries=frozenset(tunnel_entries),
             neighbours=frozenset(await self._neighbours(names, bridges)),
+            router_neighbours=frozenset(e for e in routed if isinstance(e, RouterNeighbour)),
+            host_routes=frozenset(e for e in routed if isinstance(e, HostRoute)),
             muted=frozenset(Muted(port=port) for port in self._nft.muted()),
         )
 
-    async def _links(self) -> tuple[list[Link], dict[int, str]]:
+    async def _links(self, routed: set[str]) -> tuple[list[Link], dict[int, str]]:
         messages = [message async for message in await self._ip.get_links()]
         names = {message["index"]: message.get_attr("IFLA_IFNAME") for message in messages}
-        links = [_read_link(message, names) for message in messages]
+        links = [_read_link(message, names, routed) for message in messages]
         return [link for link in links if link is not None], names
 
     async def _entries(
@@ -109,17 +122,22 @@ class LinuxKernel:
 
     async def apply(self, ops: Sequence[Op]) -> list[OpFailure]:
         failures = []
-        for op in ops:
-            try:
-                if op.verb == "put":
-                    await self._put(op)
-                else:
-                    await self._remove(op)
-            except NetlinkError as error:
-                failures.append(OpFailure(op=op, why=str(error)))
-            except (KernelFailure, OSError) as error:
-                failures.append(OpFailure(op=op, why=str(error)))
+        for routers, run in itertools.groupby(ops, lambda op: isinstance(op.fact, router.Entry)):
+            if routers:
+                failures += await self._routers.apply(list(run))
+            else:
+                failures += [failure for op in run if (failure := await self._one(op))]
         return failures
+
+    async def _one(self, op: Op) -> OpFailure | None:
+        try:
+            if op.verb == "put":
+                await self._put(op)
+            else:
+                await self._remove(op)
+        except (NetlinkError, KernelFailure, OSError) as error:
+            return OpFailure(op=op, why=str(error))
+        return None
 
     async def _put(self, op: Op) -> None:
         match op.fact:
@@ -142,6 +160,8 @@ class LinuxKernel:
                 )
             case Muted(port=port):
                 self._nft.mute(port)
+            case _:
+                raise AssertionError(op)
 
     async def _remove(self, op: Op) -> None:
         try:
@@ -152,8 +172,11 @@ class LinuxKernel:
 
     async def _really_remove(self, op: Op) -> None:
         match op.fact:
+            case Link(kind="router", name=name):
+                await self._routers.remove(name)
             case Link(name=name):
                 index = interface_index(name)
+                self._nft.unroute(name)
                 self._taps.forget(name)
                 self._gates.forget(index)
                 await self._ip.link("del", index=index)
@@ -165,6 +188,8 @@ class LinuxKernel:
                 await self._ip.neigh("del", ifindex=interface_index(bridge), dst=address)
             case Muted(port=port):
                 self._nft.unmute(port)
+            case _:
+                raise AssertionError(op)
 
     async def _fdb(self, verb: str, device: str, mac: str, **more: Any) -> None:
         try:
@@ -183,18 +208,20 @@ class LinuxKernel:
             answer_only(link.name)
         else:
             silence(link.name)
+        if link.kind == "router":
+            await self._routers.set_up(link)
         index = interface_index(link.name)
         wanted: dict[str, Any] = {"ifalias": link.alias, "mtu": link.mtu}
         if link.master is not None:
             wanted["master"] = interface_index(link.master)
         await self._ip.link("set", index=index, **wanted)
         if link.kind in ("tap", "veth"):
+            (self._nft.route if link.routed else self._nft.unroute)(link.name)
             await self._gates.ensure(link.name, "port")
         elif link.kind == "vxlan":
             await self._gates.ensure(link.name, "peer")
         if link.kind != "bridge":
-            suppress = int(link.kind == "vxlan")
-            await self._ip.brport("set", index=index, learning=0, neigh_suppress=suppress)
+            await self._ip.brport("set", index=index, learning=0, **_manners(link))
         await self._ip.link("set", index=index, state="up")
 
     async def _make(self, link: Link) -> None:
@@ -222,24 +249,54 @@ class LinuxKernel:
                     vxlan_ttl=64,
                     **{f"vxlan_local{family}": link.local},
                 )
+            case "router":
+                await self._routers.make(link)
             case "tap":
                 self._taps.make(link.name, self._queue_frames)
             case "veth":
                 await endpoint.make(self._ip, link)
 
 
-def _read_link(message: Any, names: dict[int, str]) -> Link | None:
+def _manners(link: Link) -> dict[str, int]:
+    """What the bridge may do at a port: flood to it, answer ARP and ND for it, join it to others.
+
+    In a routed VN what goes to many goes to the router, and what goes to nobody known nowhere.
+    """
+    many = int(not link.routed)
+    return {
+        "neigh_suppress": int(link.kind == "vxlan" and not link.routed),
+        "unicast_flood": int(not link.routed and link.kind != "router"),
+        "mcast_flood": many,
+        "bcast_flood": many,
+        "isolated": int(link.routed and link.kind != "vxlan"),
+    }
+
+
+def _is_routed(name: str, kind: str, port: Any, routed: set[str]) -> bool:
+    """Tell whether all is so that a port speaks with the router only."""
+    if port is None or kind not in ("vxlan", "tap", "veth"):
+        return False
+    flags = ("UNICAST_FLOOD", "MCAST_FLOOD", "BCAST_FLOOD")
+    closed = not any(port.get_attr(f"IFLA_BRPORT_{flag}") for flag in flags)
+    apart = bool(port.get_attr("IFLA_BRPORT_ISOLATED")) and name in routed
+    return closed and (apart or kind == "vxlan")
+
+
+def _read_link(message: Any, names: dict[int, str], routed: set[str]) -> Link | None:
     alias = message.get_attr("IFLA_IFALIAS")
     info = message.get_attr("IFLA_LINKINFO")
-    kind = _KINDS.get(info.get_attr("IFLA_INFO_KIND")) if info is not None else None
-    if not is_ours(alias) or kind is None or alias.split()[1] not in ("bridge", "vxlan", "port"):
+    found = _KINDS.get(info.get_attr("IFLA_INFO_KIND")) if info is not None else None
+    if not is_ours(alias) or found is None or alias.split()[1] not in _OURS:
         return None
+    kind = "router" if alias.split()[1] == "router" else found
+    name = message.get_attr("IFLA_IFNAME")
     fields: dict[str, Any] = {
-        "name": message.get_attr("IFLA_IFNAME"),
+        "name": name,
         "kind": kind,
         "alias": alias,
         "mtu": message.get_attr("IFLA_MTU"),
         "master": names.get(message.get_attr("IFLA_MASTER") or 0),
+        "routed": _is_routed(name, kind, info.get_attr("IFLA_INFO_SLAVE_DATA"), routed),
     }
     if kind == "vxlan":
         data = info.get_attr("IFLA_INFO_DATA")
@@ -247,4 +304,6 @@ def _read_link(message: Any, names: dict[int, str]) -> Link | None:
         fields["local"] = data.get_attr("IFLA_VXLAN_LOCAL") or data.get_attr("IFLA_VXLAN_LOCAL6")
     if kind == "veth":
         fields |= endpoint.from_alias(alias)
+    if kind == "router":
+        fields["gateways"] = router.from_alias(alias)
     return Link(**fields)

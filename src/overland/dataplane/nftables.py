@@ -1,8 +1,10 @@
-"""The mute of ports: one nftables table of ours, changed by atomic transactions.
+"""What a port may say: one nftables table of ours, changed by atomic transactions.
 
 A port that is associated but not activated may not be heard: its frames are dropped where they
-enter the bridge. libnftables' JSON interface (libnftables-json(5)) takes a list of commands and
-performs all or none.
+enter the bridge. A tenant of a routed VN speaks with its gateway only, and asks for its MAC address
+with ARP and ND; whatever else it sends would reach others past the router.
+
+libnftables' JSON interface (libnftables-json(5)) takes a list of commands and performs all or none.
 """
 
 from __future__ import annotations
@@ -11,15 +13,37 @@ import ctypes
 import json
 from typing import Any
 
+from overland.model.names import GATEWAY_MAC
 from overland.ports import KernelFailure
 
-FAMILY, TABLE, SET = "bridge", "overland", "muted"
+FAMILY, TABLE = "bridge", "overland"
+MUTED, ROUTED = "muted", "routed"
 _OUTPUT_JSON = 1 << 4
 _ID = {"family": FAMILY, "table": TABLE}
 
+Json = dict[str, Any]
+
+
+def _is(left: Json, right: Any) -> Json:
+    return {"match": {"op": "==", "left": left, "right": right}}
+
+
+def _from(ports: str) -> Json:
+    return _is({"meta": {"key": "iifname"}}, f"@{ports}")
+
+
+def _ether(field: str) -> Json:
+    return {"payload": {"protocol": "ether", "field": field}}
+
+
+def _rule(*expr: Json) -> Json:
+    return {"add": {"rule": {**_ID, "chain": "ingress", "expr": list(expr)}}}
+
+
 _FRAME: list[dict[str, Any]] = [
     {"add": {"table": {"family": FAMILY, "name": TABLE, "comment": "overland"}}},
-    {"add": {"set": {**_ID, "name": SET, "type": "ifname"}}},
+    {"add": {"set": {**_ID, "name": MUTED, "type": "ifname"}}},
+    {"add": {"set": {**_ID, "name": ROUTED, "type": "ifname"}}},
     {
         "add": {
             "chain": {
@@ -33,25 +57,15 @@ _FRAME: list[dict[str, Any]] = [
         }
     },
     {"flush": {"chain": {**_ID, "name": "ingress"}}},
-    {
-        "add": {
-            "rule": {
-                **_ID,
-                "chain": "ingress",
-                "expr": [
-                    {
-                        "match": {
-                            "op": "==",
-                            "left": {"meta": {"key": "iifname"}},
-                            "right": f"@{SET}",
-                        }
-                    },
-                    {"counter": None},
-                    {"drop": None},
-                ],
-            }
-        }
-    },
+    _rule(_from(MUTED), {"counter": None}, {"drop": None}),
+    _rule(_from(ROUTED), _is(_ether("daddr"), GATEWAY_MAC), {"accept": None}),
+    _rule(
+        _from(ROUTED),
+        _is(_ether("type"), {"set": ["arp", "ip6"]}),
+        _is({"meta": {"key": "pkttype"}}, {"set": ["broadcast", "multicast"]}),
+        {"accept": None},
+    ),
+    _rule(_from(ROUTED), {"counter": None}, {"drop": None}),
 ]
 
 
@@ -81,13 +95,35 @@ class Nftables:
         return dict(json.loads(out)) if out.strip() else {}
 
     def ensure(self) -> None:
-        """Make our table, set and rule; what the set holds stays."""
+        """Make our table, sets and rules; what the sets hold stays."""
         self._run(_FRAME)
 
     def muted(self) -> set[str]:
         """Names of the muted ports; empty when the table is not there."""
+        return self._ports(MUTED)
+
+    def routed(self) -> set[str]:
+        """Names of the tenants' ports that speak with a router only."""
+        return self._ports(ROUTED)
+
+    def mute(self, port: str) -> None:
+        self._put(MUTED, port)
+
+    def unmute(self, port: str) -> None:
+        """Content with absence."""
+        self._take(MUTED, port)
+
+    def route(self, port: str) -> None:
+        """From now on `port` speaks with its router only."""
+        self._put(ROUTED, port)
+
+    def unroute(self, port: str) -> None:
+        """Content with absence."""
+        self._take(ROUTED, port)
+
+    def _ports(self, name: str) -> set[str]:
         try:
-            answer = self._run([{"list": {"set": {**_ID, "name": SET}}}])
+            answer = self._run([{"list": {"set": {**_ID, "name": name}}}])
         except KernelFailure:
             return set()
         for item in answer.get("nftables", []):
@@ -95,12 +131,11 @@ class Nftables:
                 return {str(port) for port in item["set"].get("elem", [])}
         return set()
 
-    def mute(self, port: str) -> None:
-        self._run([{"add": {"element": {**_ID, "name": SET, "elem": [port]}}}])
+    def _put(self, name: str, port: str) -> None:
+        self._run([{"add": {"element": {**_ID, "name": name, "elem": [port]}}}])
 
-    def unmute(self, port: str) -> None:
-        """Content with absence."""
-        element = {"element": {**_ID, "name": SET, "elem": [port]}}
+    def _take(self, name: str, port: str) -> None:
+        element = {"element": {**_ID, "name": name, "elem": [port]}}
         self._run([{"add": element}, {"delete": element}])
 
     def remove(self) -> None:

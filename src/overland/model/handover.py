@@ -95,7 +95,8 @@ class MovingPort(Record, frozen=True, kw_only=True):
     """One interface (TSI) of the moved VM, with all that each NVE needs to know of it.
 
     `port` is the tap's name, the same on both hosts; `device` the VN's VXLAN device. Addresses
-    `old` and `new` are underlay addresses. `tunnel` is the handover tunnel's identifier.
+    `old` and `new` are underlay addresses. `tunnel` is the handover tunnel's identifier. `routed`:
+    the VN is no broadcast domain, so there is nobody to announce the interface to.
     """
 
     network: str
@@ -110,6 +111,7 @@ class MovingPort(Record, frozen=True, kw_only=True):
     old: str
     new: str
     tunnel: int
+    routed: bool = False
 
 
 class Options(Record, frozen=True, kw_only=True):

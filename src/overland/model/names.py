@@ -22,6 +22,12 @@ VNI_MAX = 2**24 - 1
 OVERHEAD_BYTES = {"ipv4": 50, "ipv6": 70}
 """What VXLAN adds to a tenant packet, by family of the underlay (N-24)."""
 
+GATEWAY_MAC = "02:6f:76:6c:00:01"
+"""MAC address of every router, on every NVE in every routed VN: a VM that moves finds it again."""
+
+ROUTER_MTU_BYTES = 65000
+"""What a router takes in. What it lets out is the VN's MTU, and it says so (Packet Too Big)."""
+
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 _MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 _SIZES = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -79,6 +85,12 @@ def parse_prefix(text: str, family: int) -> str:
     return str(network)
 
 
+def gateway_of(subnet: str) -> str:
+    """The gateway of a routed VN in `subnet`, with its prefix length: the first host address."""
+    network = ipaddress.ip_network(subnet)
+    return f"{next(iter(network.hosts()))}/{network.prefixlen}"
+
+
 def parse_size(text: str) -> int:
     """Return bytes from `128MiB`, `1GiB`, `4096`; ValueError otherwise."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)?", text.strip())
@@ -123,6 +135,16 @@ def port_name(owner: str, index: int) -> str:
     return f"ovt{_digest(owner, index)}"
 
 
+def router_name(vni: int) -> str:
+    """Kernel name of the bridge port behind which the router of a routed VN is, on any NVE."""
+    return f"ovr{vni}"
+
+
+def router_namespace(prefix: str, device: str) -> str:
+    """Network namespace of the router behind bridge port `device`; `prefix` is the NVE's own."""
+    return f"{prefix}-r{vni_of(device)}"
+
+
 def hold_name(device: str, mac: str) -> str:
     """Kernel name of the queue that holds frames for `mac` diverted from `device`."""
     return f"ovh{_digest(device, mac)}"
@@ -144,5 +166,5 @@ def is_ours(alias: str | None) -> bool:
 
 
 def vni_of(device: str) -> int:
-    """The VNI in the kernel name of a VN's VXLAN device or bridge."""
+    """The VNI in the kernel name of a VN's VXLAN device, bridge or router port."""
     return int(device[3:])

@@ -44,13 +44,18 @@ class RemoteIntent(Record, frozen=True, kw_only=True):
 
 
 class VnIntent(Record, frozen=True, kw_only=True):
-    """One VN on this NVE. `members` are underlay addresses of the other NVEs in it (N-08)."""
+    """One VN on this NVE. `members` are underlay addresses of the other NVEs in it (N-08).
+
+    `gateways` are the addresses of the router of a routed VN with the prefix length of its subnet
+    (10.42.0.1/24), the same on every NVE; a VN without any is a broadcast domain.
+    """
 
     network: str
     vni: int
     mtu: int
     underlay: Family
     local: str
+    gateways: tuple[str, ...] = ()
     ipv4_prefix: int = 24
     ipv6_prefix: int = 64
     members: tuple[str, ...] = ()
@@ -93,16 +98,20 @@ class NveIntent(Record, frozen=True, kw_only=True):
 class Link(Record, frozen=True, kw_only=True):
     """A network device of ours. Attributes a kind does not have stay None.
 
-    `kind`: bridge, vxlan, tap, veth. `alias` carries our mark. `namespace`/`peer_*` describe the
-    inner end of an endpoint's veth.
+    `kind`: bridge, vxlan, router, tap, veth. `alias` carries our mark. `namespace`/`peer_*`
+    describe the inner end of an endpoint's veth. A router is the bridge port before a namespace of
+    its own; `gateways` are the addresses in there. `routed`: the port speaks with the router only
+    (of a VXLAN device: it carries no broadcast).
     """
 
     name: str
-    kind: Literal["bridge", "vxlan", "tap", "veth"]
+    kind: Literal["bridge", "vxlan", "router", "tap", "veth"]
     alias: str
     mtu: int
     master: str | None = None
     mac: str | None = None
+    routed: bool = False
+    gateways: tuple[str, ...] = ()
     vni: int | None = None
     local: str | None = None
     namespace: str | None = None
@@ -135,13 +144,33 @@ class Neighbour(Record, frozen=True, kw_only=True):
     mac: str
 
 
+class RouterNeighbour(Record, frozen=True, kw_only=True):
+    """A permanent neighbour in the router behind `router`: nobody has to be asked for `address`."""
+
+    router: str
+    address: str
+    mac: str
+
+
+class HostRoute(Record, frozen=True, kw_only=True):
+    """A route to one tenant `address` in the router behind `router`: /32 or /128.
+
+    It is the same on every NVE, wherever the tenant is: places are the bridge's business. A packet
+    above `mtu` bytes is answered with Packet Too Big (RFC 1191, RFC 8201).
+    """
+
+    router: str
+    address: str
+    mtu: int
+
+
 class Muted(Record, frozen=True, kw_only=True):
     """A port from which nothing may come in: associated, not activated."""
 
     port: str
 
 
-Fact = Link | BridgeEntry | TunnelEntry | Neighbour | Muted
+Fact = Link | BridgeEntry | TunnelEntry | Neighbour | RouterNeighbour | HostRoute | Muted
 
 
 class KernelState(Record, frozen=True, kw_only=True):
@@ -151,6 +180,8 @@ class KernelState(Record, frozen=True, kw_only=True):
     bridge_entries: frozenset[BridgeEntry] = frozenset()
     tunnel_entries: frozenset[TunnelEntry] = frozenset()
     neighbours: frozenset[Neighbour] = frozenset()
+    router_neighbours: frozenset[RouterNeighbour] = frozenset()
+    host_routes: frozenset[HostRoute] = frozenset()
     muted: frozenset[Muted] = frozenset()
 
 

@@ -387,6 +387,7 @@ class Authority:
             old=old,
             new=new,
             tunnel=self._tunnel_number(index),
+            routed=network.kind == "l3",
         )
 
     def _tunnel_number(self, index: int) -> int:

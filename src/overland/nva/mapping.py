@@ -14,6 +14,7 @@ from typing import Literal
 
 from overland.model.cluster import Host, Network
 from overland.model.handover import committed
+from overland.model.names import gateway_of
 from overland.model.nve import RemoteIntent, TsiIntent, VnChange, VnIntent
 from overland.nva.cluster import Cluster, Tsi
 
@@ -21,6 +22,13 @@ from overland.nva.cluster import Cluster, Tsi
 def underlay_address(host: Host, network: Network) -> str | None:
     """The host's address in the family that `network` is carried over."""
     return host.underlay_ipv4 if network.underlay == "ipv4" else host.underlay_ipv6
+
+
+def gateways(network: Network) -> tuple[str, ...]:
+    """The addresses of the router of a routed VN, each with its prefix length; none of an L2 VN."""
+    if network.kind != "l3":
+        return ()
+    return tuple(gateway_of(subnet) for subnet in (network.ipv4, network.ipv6) if subnet)
 
 
 _Difference = tuple[list[tuple[str, RemoteIntent]], list[str], bool]
@@ -66,6 +74,7 @@ class VnView:
             mtu=network.mtu,
             underlay=network.underlay,
             local=self._addresses[host],
+            gateways=gateways(network),
             ipv4_prefix=_prefix(network.ipv4, 24),
             ipv6_prefix=_prefix(network.ipv6, 64),
             members=self._others(host),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 from collections.abc import Iterator
 
@@ -17,6 +18,7 @@ from overland.model.cluster import (
 from overland.model.forecast import Forecast
 from overland.model.handover import Handover, Options
 from overland.model.names import (
+    GATEWAY_MAC,
     OVERHEAD_BYTES,
     default_mac,
     parse_address,
@@ -26,7 +28,7 @@ from overland.model.names import (
     parse_vni,
 )
 from overland.nva.cluster import AT_REST, Cluster
-from overland.nva.mapping import underlay_address
+from overland.nva.mapping import gateways, underlay_address
 
 RESERVE_MIB = 32
 """What QEMU itself needs beside a guest's memory, in MiB."""
@@ -58,9 +60,11 @@ def network_blockers(cluster: Cluster, wish: Network) -> Iterator[Refused]:
             check()
         except ValueError as error:
             yield _no("malformed", what, str(error))
-    if wish.kind != "l2":
+    if wish.kind not in ("l2", "l3"):
         why = f"kind {wish.kind} is not built yet"
-        yield _no("unsupported_kind", what, why, "use --kind l2")
+        yield _no("unsupported_kind", what, why, "use --kind l2 or l3")
+    if wish.kind == "l3":
+        yield from _no_room_for_a_gateway(wish)
     if not 1280 <= wish.mtu <= 65000:
         yield _no("malformed", what, f"MTU {wish.mtu}: use 1280 to 65000")
     if wish.name in cluster.networks:
@@ -71,6 +75,20 @@ def network_blockers(cluster: Cluster, wish: Network) -> Iterator[Refused]:
             yield _no("vni_taken", what, f"VNI {wish.vni} belongs to network {other.name}", hint)
     for host in cluster.hosts.values():
         yield from _too_small(host, wish)
+
+
+def _no_room_for_a_gateway(wish: Network) -> Iterator[Refused]:
+    """A routed VN needs a subnet, and in each one the gateway's address and another."""
+    what = f"network {wish.name}"
+    subnets = [subnet for subnet in (wish.ipv4, wish.ipv6) if subnet]
+    if not subnets:
+        hint = "give --ipv4, --ipv6 or both"
+        yield _no("no_subnet", what, "a routed network needs a subnet for its gateway", hint)
+    for subnet in subnets:
+        with contextlib.suppress(ValueError):  # it was named as malformed already
+            if ipaddress.ip_network(subnet).num_addresses < 4:
+                why = f"{subnet} has no room for a gateway and tenants"
+                yield _no("malformed", what, why, "use a /30, a /126 or larger")
 
 
 def _too_small(host: Host, network: Network) -> Iterator[Refused]:
@@ -164,12 +182,17 @@ def _address_blockers(
             if address is None:
                 continue
             parse_address(address, family)
+            if subnet is None and network.kind == "l3":
+                why = f"{address}: network {network.name} has no IPv{family} subnet"
+                yield _no("address_outside", owner, why, "leave it out")
             if subnet and ipaddress.ip_address(address) not in ipaddress.ip_network(subnet):
                 why = f"{address} is outside {subnet}"
                 yield _no("address_outside", owner, why, f"choose one inside {subnet}")
     except ValueError as error:
         yield _no("malformed", owner, str(error))
         return
+    if network.kind == "l3":
+        yield from _routed_blockers(owner, network, interface)
     for tsi in cluster.tsis():
         if tsi.interface.network != network.name:
             continue
@@ -182,6 +205,18 @@ def _address_blockers(
                 yield _no(
                     "address_taken", owner, f"{mine} belongs to {tsi.owner}", "choose another"
                 )
+
+
+def _routed_blockers(owner: str, network: Network, interface: Interface) -> Iterator[Refused]:
+    """What the router of a routed VN has for itself, and what it needs to find a tenant."""
+    addresses = [address for address in (interface.ipv4, interface.ipv6) if address]
+    if not addresses:
+        why = f"network {network.name} is routed: without an address nobody finds it"
+        yield _no("no_address", owner, why, "no address is free in its subnets: delete something")
+    own = {GATEWAY_MAC, *(gateway.partition("/")[0] for gateway in gateways(network))}
+    for mine in (interface.mac, *addresses):
+        if mine in own:
+            yield _no("address_taken", owner, f"{mine} is the gateway's", "choose another")
 
 
 def _names_taken(cluster: Cluster, name: str, kind: str) -> Iterator[Refused]:

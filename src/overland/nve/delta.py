@@ -13,15 +13,17 @@ from overland.model.nve import (
     FLOOD,
     BridgeEntry,
     Fact,
+    HostRoute,
     KernelState,
     Link,
     Muted,
     Neighbour,
     Op,
+    RouterNeighbour,
     TunnelEntry,
 )
 
-_LINK_ORDER = {"bridge": 0, "vxlan": 1, "tap": 2, "veth": 2}
+_LINK_ORDER = {"bridge": 0, "vxlan": 1, "router": 2, "tap": 3, "veth": 3}
 
 
 def delta(desired: KernelState, actual: KernelState) -> tuple[Op, ...]:
@@ -39,6 +41,8 @@ def _facts(state: KernelState) -> frozenset[Fact]:
         | state.bridge_entries
         | state.tunnel_entries
         | state.neighbours
+        | state.router_neighbours
+        | state.host_routes
         | state.muted
     )
 
@@ -56,6 +60,10 @@ def _slot(fact: Fact) -> Hashable:
             return ("tunnel", device, mac)
         case Neighbour(bridge=bridge, address=address):
             return ("neighbour", bridge, address)
+        case RouterNeighbour(router=router, address=address):
+            return ("router neighbour", router, address)
+        case HostRoute(router=router, address=address):
+            return ("route", router, address)
         case Muted(port=port):
             return ("muted", port)
         case _:
@@ -74,6 +82,10 @@ def _put_order(op: Op) -> tuple[int, int, str]:
             return (3, 0, bridge + mac)
         case Neighbour(bridge=bridge, address=address):
             return (4, 0, bridge + address)
+        case RouterNeighbour(router=router, address=address):
+            return (5, 0, router + address)
+        case HostRoute(router=router, address=address):
+            return (6, 0, router + address)
         case _:
             raise AssertionError(op)
 
@@ -82,13 +94,17 @@ def _remove_order(op: Op) -> tuple[int, int, str]:
     match op.fact:
         case Muted(port=port):
             return (0, 0, port)
+        case HostRoute(router=router, address=address):
+            return (1, 0, router + address)
+        case RouterNeighbour(router=router, address=address):
+            return (2, 0, router + address)
         case Neighbour(bridge=bridge, address=address):
-            return (1, 0, bridge + address)
+            return (3, 0, bridge + address)
         case BridgeEntry(bridge=bridge, mac=mac):
-            return (2, 0, bridge + mac)
+            return (4, 0, bridge + mac)
         case TunnelEntry(device=device, mac=mac):
-            return (3, 0, device + mac)
+            return (5, 0, device + mac)
         case Link(kind=kind, name=name):
-            return (4, -_LINK_ORDER[kind], name)
+            return (6, -_LINK_ORDER[kind], name)
         case _:
             raise AssertionError(op)

@@ -552,7 +552,8 @@ class _Performer:
 
     async def _Announce(self, _: m.Do) -> None:
         for port in self._part.ports:
-            await self._ground.announce(port)
+            if not port.routed:
+                await self._ground.announce(port)
 
     async def _MuteBroadcast(self, _: m.Do) -> None:
         for port in self._part.ports:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from overland.model.names import bridge_name, mark, port_name, vxlan_name
+from overland.model.names import (
+    GATEWAY_MAC,
+    ROUTER_MTU_BYTES,
+    bridge_name,
+    mark,
+    port_name,
+    router_name,
+    vxlan_name,
+)
 from overland.model.nve import (
     FLOOD,
     BridgeEntry,
     Fact,
+    HostRoute,
     KernelState,
     Link,
     Muted,
     Neighbour,
     NveIntent,
+    RemoteIntent,
+    RouterNeighbour,
     TsiIntent,
     TunnelEntry,
     VnIntent,
@@ -28,12 +39,15 @@ def render(intent: NveIntent) -> KernelState:
         bridge_entries=frozenset(f for f in facts if isinstance(f, BridgeEntry)),
         tunnel_entries=frozenset(f for f in facts if isinstance(f, TunnelEntry)),
         neighbours=frozenset(f for f in facts if isinstance(f, Neighbour)),
+        router_neighbours=frozenset(f for f in facts if isinstance(f, RouterNeighbour)),
+        host_routes=frozenset(f for f in facts if isinstance(f, HostRoute)),
         muted=frozenset(f for f in facts if isinstance(f, Muted)),
     )
 
 
 def _vn(vn: VnIntent) -> Iterator[Fact]:
     bridge, vxlan = bridge_name(vn.vni), vxlan_name(vn.vni)
+    routed = bool(vn.gateways)
     yield Link(name=bridge, kind="bridge", alias=mark("bridge", vn.network), mtu=vn.mtu)
     yield Link(
         name=vxlan,
@@ -43,15 +57,15 @@ def _vn(vn: VnIntent) -> Iterator[Fact]:
         master=bridge,
         vni=vn.vni,
         local=vn.local,
+        routed=routed,
     )
-    for member in vn.members:
-        yield TunnelEntry(device=vxlan, mac=FLOOD, remote=member)
+    yield from _router(vn, bridge) if routed else _broadcast(vn, vxlan)
     here = {tsi.mac for tsi in vn.tsis if tsi.state == "activated"}
     for tsi in vn.tsis:
         yield _port(vn, tsi, bridge)
         if tsi.state == "activated":
             yield BridgeEntry(bridge=bridge, mac=tsi.mac, port=port_name(tsi.owner, tsi.index))
-            yield from _neighbours(bridge, tsi.mac, tsi.ipv4, tsi.ipv6)
+            yield from _known(vn, tsi)
         else:
             yield Muted(port=port_name(tsi.owner, tsi.index))
     for remote in vn.remotes:
@@ -59,28 +73,57 @@ def _vn(vn: VnIntent) -> Iterator[Fact]:
         if remote.mac not in here:
             yield TunnelEntry(device=vxlan, mac=remote.mac, remote=remote.nve)
             yield BridgeEntry(bridge=bridge, mac=remote.mac, port=vxlan)
-            yield from _neighbours(bridge, remote.mac, remote.ipv4, remote.ipv6)
+            yield from _known(vn, remote)
 
 
-def _neighbours(bridge: str, mac: str, ipv4: str | None, ipv6: str | None) -> Iterator[Neighbour]:
-    for address in (ipv4, ipv6):
-        if address:
-            yield Neighbour(bridge=bridge, address=address, mac=mac)
+def _broadcast(vn: VnIntent, vxlan: str) -> Iterator[Fact]:
+    for member in vn.members:
+        yield TunnelEntry(device=vxlan, mac=FLOOD, remote=member)
+
+
+def _router(vn: VnIntent, bridge: str) -> Iterator[Fact]:
+    router = router_name(vn.vni)
+    yield Link(
+        name=router,
+        kind="router",
+        alias=mark("router", " ".join((vn.network, *vn.gateways))),
+        mtu=ROUTER_MTU_BYTES,
+        master=bridge,
+        gateways=vn.gateways,
+    )
+    yield BridgeEntry(bridge=bridge, mac=GATEWAY_MAC, port=router)
+
+
+def _known(vn: VnIntent, tenant: TsiIntent | RemoteIntent) -> Iterator[Fact]:
+    """What answers or finds the tenant's addresses: the bridge, or the router in its place."""
+    for address in filter(None, (tenant.ipv4, tenant.ipv6)):
+        if vn.gateways:
+            router = router_name(vn.vni)
+            yield RouterNeighbour(router=router, address=address, mac=tenant.mac)
+            yield HostRoute(router=router, address=address, mtu=vn.mtu)
+        else:
+            yield Neighbour(bridge=bridge_name(vn.vni), address=address, mac=tenant.mac)
 
 
 def _port(vn: VnIntent, tsi: TsiIntent, bridge: str) -> Link:
     name = port_name(tsi.owner, tsi.index)
     who = f"{tsi.owner}/{tsi.index}"
+    routed = bool(vn.gateways)
     if tsi.kind == "tap":
-        return Link(name=name, kind="tap", alias=mark("port", who), mtu=vn.mtu, master=bridge)
-    ipv4 = f"{tsi.ipv4}/{vn.ipv4_prefix}" if tsi.ipv4 else None
-    ipv6 = f"{tsi.ipv6}/{vn.ipv6_prefix}" if tsi.ipv6 else None
+        alias = mark("port", who)
+        return Link(name=name, kind="tap", alias=alias, mtu=vn.mtu, master=bridge, routed=routed)
+    ipv4 = f"{tsi.ipv4}/{32 if routed else vn.ipv4_prefix}" if tsi.ipv4 else None
+    ipv6 = f"{tsi.ipv6}/{128 if routed else vn.ipv6_prefix}" if tsi.ipv6 else None
+    gateways = tuple(each.partition("/")[0] for each in vn.gateways)
+    inside = (str(tsi.namespace), tsi.mac, ipv4 or "-", ipv6 or "-", *gateways)
     return Link(
         name=name,
         kind="veth",
-        alias=mark("port", f"{who} {tsi.namespace} {tsi.mac} {ipv4 or '-'} {ipv6 or '-'}"),
+        alias=mark("port", " ".join((who, *inside))),
         mtu=vn.mtu,
         master=bridge,
+        routed=routed,
+        gateways=gateways,
         namespace=tsi.namespace,
         peer_mac=tsi.mac,
         peer_ipv4=ipv4,

@@ -1,0 +1,193 @@
+"""Routers of routed VNs: a network namespace each, before one port of the VN's bridge.
+
+A packet goes in and out by the same device, `gw`: from the tenant to the gateway's MAC address, and
+on to the MAC address of the tenant it is for, which the bridge finds, here or behind another NVE.
+So a move changes nothing in here. Tables of two tenants cannot meet, for no device is in both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+from pyroute2 import AsyncIPRoute
+
+from overland.dataplane.devices import interface_index
+from overland.dataplane.namespace import NETNS, batch, inside, path_of, run, shown
+from overland.model.names import GATEWAY_MAC, router_name, router_namespace
+from overland.model.nve import HostRoute, Link, Op, OpFailure, RouterNeighbour
+from overland.ports import KernelFailure
+
+INNER = "gw"
+ICMP_INTERVAL_MS = 100
+"""At most one ICMP error to the same tenant in this time (Packet Too Big is never withheld)."""
+
+log = logging.getLogger(__name__)
+
+Entry = HostRoute | RouterNeighbour
+_SHOW = (
+    f"route show table all dev {INNER} proto static",  # of all tables, or IPv4 alone is shown
+    f"neigh show dev {INNER} nud permanent",
+)
+_KNOBS = {
+    "ipv4/ip_forward": 1,
+    "ipv6/conf/all/forwarding": 1,
+    "ipv4/icmp_ratelimit": ICMP_INTERVAL_MS,
+    "ipv6/icmp/ratelimit": ICMP_INTERVAL_MS,
+    **{
+        f"ipv4/conf/{device}/{knob}": 0
+        for device in ("all", "default", INNER)
+        # Packets leave by the device they came by: no redirect may offer a shorter way.
+        for knob in ("send_redirects", "accept_redirects", "accept_source_route")
+    },
+    # Strict: who has no host route here is nobody, and fills no neighbour table (RFC 3704).
+    f"ipv4/conf/{INNER}/rp_filter": 1,
+    f"ipv6/conf/{INNER}/accept_ra": 0,
+    f"ipv6/conf/{INNER}/accept_redirects": 0,
+    # Without a link-local address there is nothing an IPv6 redirect could come from (RFC 4861 8.2).
+    f"ipv6/conf/{INNER}/addr_gen_mode": 1,
+}
+_ABSENT = ("No such process", "No such file", "Cannot find device", "Cannot open network namespace")
+
+
+def from_alias(alias: str) -> tuple[str, ...]:
+    """The gateway's addresses as the mark tells: `overland router NETWORK GATEWAY...`."""
+    return tuple(alias.split()[3:])
+
+
+class _Route(msgspec.Struct):
+    dst: str
+    metrics: list[dict[str, int]] = []
+
+
+class _Neigh(msgspec.Struct):
+    dst: str
+    lladdr: str = ""
+
+
+class Routers:
+    """The routers of one NVE; `prefix` keeps their namespaces apart from other NVEs' ones."""
+
+    def __init__(self, ip: AsyncIPRoute, prefix: str) -> None:
+        self._ip = ip
+        self._prefix = prefix
+
+    async def make(self, link: Link) -> None:
+        """Make the namespace, the pair and what is inside; the port is not in the bridge yet."""
+        namespace = router_namespace(self._prefix, link.name)
+        if _there(link.name) and (NETNS / namespace).exists():
+            return
+        await self.remove(link.name)  # one without the other is the rest of a crash
+        await run("netns", "add", namespace)
+        await self._ip.link(
+            "add",
+            ifname=link.name,
+            kind="veth",
+            mtu=link.mtu,
+            peer={
+                "ifname": INNER,
+                "address": GATEWAY_MAC,
+                "mtu": link.mtu,
+                "net_ns_fd": namespace,
+            },
+        )
+
+    async def set_up(self, link: Link) -> None:
+        """Give the router behind `link` its addresses and manners; may be repeated."""
+        namespace = router_namespace(self._prefix, link.name)
+        with inside(path_of(namespace)):
+            for knob, value in _KNOBS.items():
+                Path("/proc/sys/net", knob).write_text(str(value))
+        lines = ["link set lo up", f"link set {INNER} mtu {link.mtu} up"]
+        for gateway in link.gateways:
+            subnet = ipaddress.ip_interface(gateway)
+            lines.append(f"addr replace {subnet.ip} dev {INNER} nodad")
+            # An address nobody has may be in transit: silence, as on a wire (R-33, 6-3).
+            lines.append(f"route replace blackhole {subnet.network} proto boot")
+        for why in (await batch(namespace, lines)).values():
+            raise KernelFailure(f"router {namespace}: {why}")
+
+    async def remove(self, name: str) -> None:
+        """Take the router behind port `name` away; content with absence."""
+        with contextlib.suppress(KernelFailure):
+            await self._ip.link("del", index=interface_index(name))
+        with contextlib.suppress(KernelFailure):
+            await run("netns", "del", router_namespace(self._prefix, name))
+
+    async def sweep(self) -> None:
+        """Remove the namespaces of ours that have lost their port: the rest of a crash."""
+        begin = router_namespace(self._prefix, router_name(0)).removesuffix("0")
+        for path in NETNS.glob(f"{begin}*"):
+            number = path.name.removeprefix(begin)
+            if number.isdecimal() and not _there(router_name(int(number))):
+                try:
+                    await run("netns", "del", path.name)
+                except KernelFailure as failure:
+                    log.warning("%s", failure)
+
+    # ------------------------------------------------------------ entries
+
+    async def entries(self, names: Sequence[str]) -> dict[str, list[Entry]]:
+        """What is inside the routers behind the ports `names`, of those that can be entered."""
+        found = await asyncio.gather(*map(self._inside, names))
+        return {name: each for name, each in zip(names, found, strict=True) if each is not None}
+
+    async def _inside(self, name: str) -> list[Entry] | None:
+        namespace = router_namespace(self._prefix, name)
+        try:
+            routes, neighbours = await shown(namespace, _SHOW)
+        except KernelFailure:
+            return None
+        return [
+            *(
+                HostRoute(router=name, address=each.dst, mtu=_mtu(each))
+                for each in msgspec.json.decode(routes, type=list[_Route])
+            ),
+            *(
+                RouterNeighbour(router=name, address=each.dst, mac=each.lladdr)
+                for each in msgspec.json.decode(neighbours, type=list[_Neigh])
+            ),
+        ]
+
+    async def apply(self, ops: Sequence[Op]) -> list[OpFailure]:
+        """Perform ops on entries, in order, those of one router in one process."""
+        failures = []
+        by_router: dict[str, list[Op]] = {}
+        for op in ops:
+            assert isinstance(op.fact, Entry)
+            by_router.setdefault(op.fact.router, []).append(op)
+        for name, mine in by_router.items():
+            namespace = router_namespace(self._prefix, name)
+            failed = await batch(namespace, [_line(op) for op in mine])
+            failures += [
+                OpFailure(op=mine[at], why=why)
+                for at, why in failed.items()
+                if not (mine[at].verb == "remove" and any(each in why for each in _ABSENT))
+            ]
+        return failures
+
+
+def _there(device: str) -> bool:
+    with contextlib.suppress(KernelFailure):
+        return interface_index(device) > 0
+    return False
+
+
+def _mtu(route: _Route) -> int:
+    return next((each["mtu"] for each in route.metrics if "mtu" in each), 0)
+
+
+def _line(op: Op) -> str:
+    verb = "replace" if op.verb == "put" else "del"
+    match op.fact:
+        case RouterNeighbour(address=address, mac=mac):
+            return f"neigh {verb} {address} lladdr {mac} nud permanent dev {INNER}"
+        case HostRoute(address=address, mtu=mtu):
+            return f"route {verb} {address} dev {INNER} proto static mtu {mtu}"
+        case _:
+            raise AssertionError(op)

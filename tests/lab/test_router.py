@@ -1,0 +1,170 @@
+"""Routers on the real kernel, without a VM: applied, read back, taken over, repaired, removed."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from pyroute2 import AsyncIPRoute
+
+from overland.dataplane.gates import Gates
+from overland.dataplane.linux import LinuxKernel
+from overland.dataplane.namespace import inside, path_of
+from overland.dataplane.nftables import Nftables
+from overland.dataplane.router import Routers
+from overland.dataplane.tap import TapTable
+from overland.model.nve import KernelState, NveIntent, RemoteIntent, TsiIntent, VnIntent
+from overland.nve.delta import delta
+from overland.nve.render import render
+
+pytestmark = [pytest.mark.root]
+NAMESPACE = "ovrouter-test"
+ROUTER = f"{NAMESPACE}-r42"
+
+
+def run(line: str) -> str:
+    return subprocess.run(line.split(), capture_output=True, text=True, check=True).stdout
+
+
+def names() -> set[str]:
+    return {path.name for path in Path("/run/netns").glob(f"{NAMESPACE}-r*")}
+
+
+@pytest.fixture
+def namespace() -> Iterator[None]:
+    for name in (NAMESPACE, *names()):
+        subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+    run(f"ip netns add {NAMESPACE}")
+    try:
+        with inside(path_of(NAMESPACE)):
+            yield
+    finally:
+        for name in (NAMESPACE, *names()):
+            run(f"ip netns del {name}")
+
+
+@pytest.fixture
+async def kernel(namespace: None) -> AsyncIterator[LinuxKernel]:
+    async with AsyncIPRoute() as ip:
+        with contextlib.closing(Nftables()) as nft, contextlib.closing(TapTable()) as taps:
+            yield make(ip, nft, taps)
+
+
+def make(ip: AsyncIPRoute, nft: Nftables, taps: TapTable) -> LinuxKernel:
+    nft.ensure()
+    return LinuxKernel(ip, nft, Gates(ip), taps, Routers(ip, NAMESPACE), 100)
+
+
+def routed(tenants: int) -> NveIntent:
+    here = TsiIntent(
+        owner="web",
+        index=0,
+        kind="tap",
+        mac="02:00:00:00:ff:01",
+        ipv4="10.42.200.1",
+        ipv6="fd42::200:1",
+        state="activated",
+    )
+    there = tuple(
+        RemoteIntent(
+            mac=f"02:00:00:00:{n >> 8:02x}:{n & 255:02x}",
+            ipv4=f"10.42.{1 + (n >> 8)}.{n & 255}",
+            ipv6=f"fd42::1:{n:x}",
+            nve="192.0.2.2",
+            version=1,
+        )
+        for n in range(1, tenants + 1)
+    )
+    vn = VnIntent(
+        network="blue",
+        vni=42,
+        mtu=1400,
+        underlay="ipv4",
+        local="192.0.2.1",
+        gateways=("10.42.0.1/16", "fd42::1/64"),
+        members=("192.0.2.2",),
+        tsis=(here,),
+        remotes=there,
+    )
+    return NveIntent(vns=(vn,))
+
+
+async def made_so(kernel: LinuxKernel, desired: KernelState) -> None:
+    """One round of the agent; nothing is left to do after it."""
+    assert await kernel.apply(delta(desired, await kernel.snapshot())) == []
+    assert delta(desired, await kernel.snapshot()) == ()
+
+
+@pytest.mark.req("R-08")
+async def test_what_is_applied_is_what_is_read_back(kernel: LinuxKernel) -> None:
+    """300 tenants of two families, then fewer, then none; a router that is not wanted is gone."""
+    await made_so(kernel, render(routed(300)))
+    assert len((await kernel.snapshot()).host_routes) == 602
+    await made_so(kernel, render(routed(3)))
+    await made_so(kernel, KernelState())
+    assert names() == set()
+    assert "ovr42" not in run("ip -o link")
+
+
+async def test_a_restarted_daemon_finds_all_as_wanted(kernel: LinuxKernel) -> None:
+    desired = render(routed(3))
+    await made_so(kernel, desired)
+    before = Path(path_of(ROUTER)).stat().st_ino
+    async with AsyncIPRoute() as ip:
+        with contextlib.closing(Nftables()) as nft, contextlib.closing(TapTable()) as taps:
+            heir = make(ip, nft, taps)
+            await Routers(ip, NAMESPACE).sweep()
+            assert delta(desired, await heir.snapshot()) == ()
+    assert Path(path_of(ROUTER)).stat().st_ino == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        f"ip netns del {ROUTER}",
+        "ip link del ovr42",
+        f"ip -n {ROUTER} route del 10.42.200.1",
+        f"ip -n {ROUTER} -6 route flush dev gw proto static",
+        f"ip -n {ROUTER} neigh replace 10.42.200.1 lladdr 02:00:00:00:00:99 nud permanent dev gw",
+        "bridge link set dev ovx42 bcast_flood on",
+        "nft flush set bridge overland routed",
+    ],
+)
+async def test_a_router_that_was_damaged_is_repaired(kernel: LinuxKernel, damage: str) -> None:
+    desired = render(routed(3))
+    await made_so(kernel, desired)
+    run(damage)
+    await made_so(kernel, desired)
+    assert "mtu 65000" in run(f"ip -n {ROUTER} link show gw")
+    assert "inet6 fd42::1/128" in run(f"ip -n {ROUTER} addr show gw")
+
+
+async def test_what_a_crash_left_is_swept_and_nothing_else(kernel: LinuxKernel) -> None:
+    await made_so(kernel, render(routed(1)))
+    run(f"ip netns add {NAMESPACE}-r43")
+    run(f"ip netns add {NAMESPACE}-rest")
+    async with AsyncIPRoute() as ip:
+        await Routers(ip, NAMESPACE).sweep()
+    assert names() == {ROUTER, f"{NAMESPACE}-rest"}
+
+
+async def test_a_router_gives_nobody_a_shorter_way(kernel: LinuxKernel) -> None:
+    """All packets leave by the device they came by: redirects of both families are impossible."""
+    await made_so(kernel, render(routed(1)))
+    with inside(path_of(ROUTER)):
+        for device in ("all", "gw"):
+            knob = Path(f"/proc/sys/net/ipv4/conf/{device}/send_redirects")
+            assert knob.read_text() == "0\n"
+    assert "fe80" not in run(f"ip -n {ROUTER} addr show gw")
+
+
+async def test_a_network_may_change_its_kind(kernel: LinuxKernel) -> None:
+    """One was deleted and another made with its VNI while the daemon was away."""
+    (vn,) = routed(2).vns
+    flat = NveIntent(vns=(msgspec.structs.replace(vn, gateways=()),))
+    for intent in (flat, routed(2), flat):
+        await made_so(kernel, render(intent))
