@@ -585,6 +585,17 @@ async def until(holds: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
+@pytest.mark.req("N-21")
+async def test_an_nve_is_told_when_it_has_heard_of_every_vn(world: World) -> None:
+    """After the last of them, also after a Hello that knows nothing: until then it removes none."""
+    one, _ = await begin(world)
+    await one.leave()
+    heir = world.nve("h1")
+    heir.connect()
+    await heir.gets("blue")
+    await heir.hears(w.Complete)
+
+
 @pytest.mark.req("N-09")
 async def test_an_nve_goes_on_to_the_next_address_of_its_nva(world: World) -> None:
     one = world.nve("h1", before=f"wss://127.0.0.1:{_free_port()}/")

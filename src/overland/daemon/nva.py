@@ -141,6 +141,8 @@ class Domain:
             self._is_complete()
         for network in {*self.authority.cluster.networks, *hello.known}:
             self._push(host, network, self._view(network), again=True)
+        if self._complete:
+            self._wire.send(host, w.Complete())
         answers = self.authority.cluster.hosts[host].answers
         self._liveness.connected(host, answers=answers)
         self._later(self._keep_host(host))
@@ -162,6 +164,8 @@ class Domain:
         if not self._complete:
             self._complete = True
             self._networks_changed(frozenset(self.authority.cluster.networks))
+            for host in sorted(self._wire.hosts()):
+                self._wire.send(host, w.Complete())
 
     def _first_lease_ended(self) -> None:
         """Whoever was there before the restart and has not come back by now is away."""

@@ -42,6 +42,8 @@ from overland.wire.seal import Forged, opened
 
 log = logging.getLogger(__name__)
 
+_Turn = w.VnPush | w.VnUpdate | w.Complete | w.VmOrder | AnyOrder
+
 
 class Nve:
     """One host's edge."""
@@ -74,7 +76,7 @@ class Nve:
         self._vns: dict[str, VnIntent] = {}
         self._revisions = Revisions()
         self._states: dict[str, str] = {}
-        self._turns: asyncio.Queue[w.VnPush | w.VnUpdate | w.VmOrder | AnyOrder] = asyncio.Queue()
+        self._turns: asyncio.Queue[_Turn] = asyncio.Queue()
         self._tasks: set[asyncio.Task[Any]] = set()
         context = tls.context(
             Path(config.tls.ca), Path(config.tls.certificate), Path(config.tls.key), server=False
@@ -143,7 +145,7 @@ class Nve:
 
     def _heard(self, message: w.FromNva) -> None:
         match message:
-            case w.VnPush() | w.VnUpdate():
+            case w.VnPush() | w.VnUpdate() | w.Complete():
                 self._turns.put_nowait(message)
             case w.MoveOrder(order=(PrepareNew() | PrepareOld() | PreparePeer()) as order):
                 # What it stands on was pushed before: it waits until the kernel has that.
@@ -179,6 +181,9 @@ class Nve:
             push = await self._turns.get()
             if isinstance(push, w.VmOrder):
                 self._later(self._vm_order(push))
+                continue
+            if isinstance(push, w.Complete):
+                self._agent.complete()
                 continue
             if not isinstance(push, w.VnPush | w.VnUpdate):
                 self._handovers.order(push)

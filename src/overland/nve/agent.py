@@ -29,12 +29,16 @@ log = logging.getLogger(__name__)
 
 
 class Agent:
-    """Keeps one kernel as its intent says. `sweep` is off until the first whole intent came."""
+    """Keeps one kernel as its intent says. Removes nothing before the intent is known to be whole.
+
+    After a restart VNs come one by one: what belongs to one that has not come yet is in use.
+    """
 
     def __init__(self, kernel: Kernel, courtesy: Callable[[MovingPort], None]) -> None:
         self._kernel = kernel
         self._courtesy = courtesy
         self._intent: NveIntent | None = None
+        self._whole = False
         self._moving: frozenset[Moving] = frozenset()
         self._lock = asyncio.Lock()
         self._ports: frozenset[str] = frozenset()
@@ -46,6 +50,13 @@ class Agent:
         self._intent = intent
         return await self.reconcile()
 
+    def complete(self) -> None:
+        """The intent is whole: whatever else there is of ours in the kernel may go."""
+        if not self._whole:
+            self._whole = True
+            self._intent = self._intent or NveIntent()
+            self._again.set()
+
     async def reconcile(self) -> list[OpFailure]:
         """One round: read back, compare, apply."""
         async with self._lock:
@@ -53,7 +64,7 @@ class Agent:
                 return []
             actual = await self._kernel.snapshot()
             desired = settle(render(self._intent), actual, self._intent, self._moving)
-            ops = delta(desired, actual)
+            ops = [op for op in delta(desired, actual) if self._whole or op.verb == "put"]
             failures = await self._kernel.apply(ops) if ops else []
             for failure in failures:
                 log.warning("kernel refused %s: %s", failure.op, failure.why)

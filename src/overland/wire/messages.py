@@ -139,6 +139,10 @@ class VnUpdate(Message, frozen=True, kw_only=True, tag=True):
     versions: dict[str, int]
 
 
+class Complete(Message, frozen=True, kw_only=True, tag=True):
+    """Every VN of this NVE has been pushed since its Hello: of others it has nothing (N-21)."""
+
+
 class MoveOrder(Message, frozen=True, kw_only=True, tag=True):
     """A handover order (spec/handover.md)."""
 
@@ -206,6 +210,7 @@ FromNve = (
 )
 FromNva = (
     Welcome
+    | Complete
     | VnPush
     | VnUpdate
     | MoveOrder
