@@ -27,9 +27,17 @@ class NvaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """The network virtualization authority (NVA) of a domain."""
 
     store: str
-    """Path of the SQLite file with all records. Its folder must exist."""
+    """Path of the SQLite file with all records, whose folder must exist; or `etcd:` and the URLs
+    of an etcd cluster's members, with commas between: `etcd:https://a:2379,https://b:2379`. Of the
+    NVAs on one etcd cluster one is active, and another takes over when it falls silent."""
+    store_tls: Tls | None = None
+    """Who the NVA is to etcd, and whom it believes there. Use an authority of its own: who has a
+    certificate of etcd's authority can write every record."""
     api_listen: str = "127.0.0.1:8080"
     """ADDRESS:PORT of the REST API. The API asks nobody who he is: keep it on loopback."""
+    api_url: str | None = None
+    """Under which URL operators reach this API: other NVAs send them there while this one is the
+    active one. `http://` and `api_listen` when left out."""
     api_namespace: str | None = None
     """Path of the network namespace in which the API listens; the daemon's own when left out."""
     wire_address: str
@@ -41,14 +49,25 @@ class NvaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     lease_s: float = 3.0
     """Seconds for which an NVE counts as alive after its connection is lost."""
 
+    def __post_init__(self) -> None:
+        if not all(url.startswith(("http://", "https://")) for url in self.etcd or ()):
+            raise ValueError("`store`: after `etcd:` come URLs, with commas between")
+
+    @property
+    def etcd(self) -> tuple[str, ...] | None:
+        """The members of the etcd cluster that is the store, if it is one."""
+        kind, _, urls = self.store.partition(":")
+        return tuple(urls.split(",")) if kind == "etcd" else None
+
 
 class NveConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The network virtualization edge (NVE) of one host."""
 
     host: str
     """The host's name. The certificate's common name must be `nve:` and this name."""
-    nva: tuple[str, ...]
-    """Addresses of the NVA, as `wss://ADDRESS:PORT/`. They are tried in turn."""
+    nva: tuple[str | tuple[str, ...], ...]
+    """Addresses of the NVAs, as `wss://ADDRESS:PORT/`, the preferred ones first. Those in an inner
+    list are equal, and tried in random order: `[["wss://a/", "wss://b/"], "wss://c/"]`."""
     underlay_ipv4: str | None = None
     """IPv4 address of this host between hosts: the outer address of its tunnels. Give it,
     `underlay_ipv6` or both; the device that carries it must be up when the daemon starts."""

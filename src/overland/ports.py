@@ -397,10 +397,8 @@ class Change(Record, frozen=True, kw_only=True):
     revision: int
 
 
-class Store(Protocol):
-    """Keys in order, one revision number for the whole store, raised by each transaction."""
-
-    async def get(self, key: str) -> Entry | None: ...
+class Ledger(Protocol):
+    """What the authority needs of a store: read everything, then write."""
 
     async def list(self, prefix: str) -> tuple[list[Entry], int]:
         """All entries below `prefix` in key order, and the store's revision."""
@@ -409,6 +407,12 @@ class Store(Protocol):
     async def commit(self, expects: Sequence[Expect], writes: Sequence[Put | Delete]) -> int:
         """All writes or none; durable on return. Returns the new revision; raises Conflict."""
         ...
+
+
+class Store(Ledger, Protocol):
+    """Keys in order, one revision number for the whole store, raised by each transaction."""
+
+    async def get(self, key: str) -> Entry | None: ...
 
     def watch(self, prefix: str, after: int) -> AsyncIterator[Change]:
         """Every change below `prefix` later than revision `after`, in order, then live ones."""

@@ -135,7 +135,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Topology:
     monkeypatch.setattr("overland.lab.lab.READY_LIMIT_S", 0.3)
     lab = topology("never", 2)
     lab.folder.mkdir()
-    for host in (lab.nva, *lab.hosts):
+    for host in (*lab.nvas, *lab.hosts):
         (lab.folder / f"{host.name}.pid").write_text(str(os.getpid()))
     return lab
 
@@ -174,7 +174,7 @@ def test_a_restarted_nve_is_waited_for_although_its_lease_holds(
         return answer()
 
     monkeypatch.setattr(labs, "get", get)
-    labs.wait_back(lab, "h1", API, os.getpid(), BEFORE)
+    labs.wait_back(lab, "h1", [API], os.getpid(), BEFORE)
     assert looks == [f"{API}/v1/hosts"] * 3
 
 
@@ -195,7 +195,7 @@ def test_what_does_not_come_back_is_named_after_the_limit(
 ) -> None:
     monkeypatch.setattr(labs, "get", in_turn(answer))
     with pytest.raises(labs.LabFailure, match=f"^{who} did not get ready; logs in "):
-        labs.wait_back(lab, daemon, API, os.getpid(), BEFORE)
+        labs.wait_back(lab, daemon, [API], os.getpid(), BEFORE)
 
 
 def test_a_restarted_nva_is_waited_for_until_it_hears_every_nve(
@@ -203,7 +203,7 @@ def test_a_restarted_nva_is_waited_for_until_it_hears_every_nve(
 ) -> None:
     answers = [OSError("refused"), [], hosts(h1=7), hosts(h1=7, h2=8)]
     monkeypatch.setattr(labs, "get", in_turn(*answers))
-    labs.wait_back(lab, "nva", API, os.getpid(), BEFORE)
+    labs.wait_back(lab, "nva", [API], os.getpid(), BEFORE)
 
 
 def test_an_nve_that_does_not_run_is_not_waited_for(
@@ -211,7 +211,7 @@ def test_an_nve_that_does_not_run_is_not_waited_for(
 ) -> None:
     (lab.folder / "h2.pid").write_text("0")
     monkeypatch.setattr(labs, "get", in_turn(hosts(h1=7)))
-    labs.wait_back(lab, "nva", API, os.getpid(), BEFORE)
+    labs.wait_back(lab, "nva", [API], os.getpid(), BEFORE)
 
 
 def test_a_daemon_that_ends_again_is_told_at_once(
@@ -221,14 +221,17 @@ def test_a_daemon_that_ends_again_is_told_at_once(
     with subprocess.Popen(["true"]) as ended:
         ended.wait()
         with pytest.raises(labs.LabFailure, match=r"^h1 ended again; its log is .*/h1\.log$"):
-            labs.wait_back(lab, "h1", API, ended.pid, BEFORE)
+            labs.wait_back(lab, "h1", [API], ended.pid, BEFORE)
 
 
 def test_the_command_restarts_and_then_waits(
     lab: Topology, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The lab's size is known without its NVA, which may be what is restarted."""
-    (lab.folder / "state.json").write_text(f'{{"name": "never", "api": "{API}"}}')
+    (lab.folder / "state.json").write_text(
+        f'{{"name": "never", "api": "{API}", "nvas": [{{"api": "{API}"}}]}}'
+    )
+    (lab.folder / "nva.toml").touch()
     for host in lab.hosts:
         labs.nve_config(lab, host)
     did: list[tuple[Any, ...]] = []
@@ -244,7 +247,7 @@ def test_the_command_restarts_and_then_waits(
     monkeypatch.setattr("sys.argv", ["overland", "lab", "restart", "h2", "--lab", "never"])
     with pytest.raises(SystemExit) as ended:
         main()
-    assert did == [(lab, "h2", API, 7, BEFORE)]
+    assert did == [(lab, "h2", [API], 7, BEFORE)]
     assert ended.value.code == Exit.ELSE
     said = "error: lab: h2 did not get ready; logs in there (code lab)\n"
     assert capsys.readouterr().err == said

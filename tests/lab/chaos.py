@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from overland.lab import lab as labs
-from overland.lab.topology import LABS, topology
+from overland.lab.topology import LABS, Topology, topology
 from overland.model.names import port_name
 from tests.lab.clock import Clock
 from tests.lab.disk import SmallDisk, unmount_below
@@ -71,6 +71,7 @@ class Lab:
     name: str
     vm: str = "web"
     number: int = 5
+    nvas: int = 1
     seen: list[str] = field(default_factory=list)
     """What was wrong while the last move went on: the VM sent from two hosts at once, or a record
     said what was not so.
@@ -82,7 +83,7 @@ class Lab:
 
     def up(self, append: str = "") -> None:
         self.down()
-        ok("lab", "up", "--name", self.name)
+        ok("lab", "up", "--name", self.name, "--nvas", str(self.nvas))
         self._give_small_disks()
         ok(
             *("network", "create", "blue", "--vni", "42"),
@@ -126,8 +127,18 @@ class Lab:
         return LABS / self.name
 
     @property
+    def shape(self) -> Topology:
+        return topology(self.name, len(HOSTS), self.nvas)
+
+    @property
     def api(self) -> str:
-        return str(json.loads((self.folder / "state.json").read_text())["api"])
+        """Of the active NVA."""
+        return str(ok("lab", "status", "--name", self.name, "-o", "json")["api"])
+
+    def leaders(self) -> list[str]:
+        """Names of the NVAs that say they are active."""
+        nvas = json.loads((self.folder / "state.json").read_text())["nvas"]
+        return [nva["name"] for nva in nvas if labs.leads(nva["api"])]
 
     def where(self) -> str:
         return str(ok("vm", "show", self.vm, "-o", "json")["host"])
@@ -144,7 +155,7 @@ class Lab:
 
     def _start_daemon(self, name: str, environment: dict[str, str] | None = None) -> None:
         with _environment(environment or {}):
-            labs.restart(topology(self.name, len(HOSTS)), name)
+            labs.restart(self.shape, name)
 
     def kill_copy(self, host: str) -> None:
         """SIGKILL of the VM's QEMU on `host`, if there is one."""
@@ -154,21 +165,21 @@ class Lab:
 
     def cut(self, name: str, seconds: float) -> None:
         """Take `name`'s underlay link down for a while."""
-        self._link(name, up=False)
+        self.link(name, up=False)
         time.sleep(seconds)
-        self._link(name, up=True)
+        self.link(name, up=True)
 
-    def _link(self, name: str, *, up: bool) -> None:
+    def link(self, name: str, *, up: bool) -> None:
         namespace = f"ovl-{self.name}-{name}"
         link = ["ip", "-n", namespace, "link", "set", "underlay", "up" if up else "down"]
         subprocess.run(link, check=True)
         if not up:
             return
-        address = next(n for n, h in enumerate((*HOSTS, "nva"), 1) if h == name)
-        number = 254 if name == "nva" else address
+        shape = self.shape
+        host = next(each for each in (*shape.nvas, *shape.hosts) if each.name == name)
         subprocess.run(  # the kernel forgets IPv6 addresses of a link that goes down
             [
-                *("ip", "-n", namespace, "addr", "replace", f"fd00:200::{number:x}/64"),
+                *("ip", "-n", namespace, "addr", "replace", f"{host.underlay_ipv6}/64"),
                 *("dev", "underlay", "nodad"),
             ],
             check=True,
@@ -335,12 +346,12 @@ class Lab:
     def dead(self, host: str) -> Iterator[None]:
         """`host` has no daemon and no link meanwhile; its VMs' processes are left alone."""
         os.kill(int((self.folder / f"{host}.pid").read_text()), signal.SIGKILL)
-        self._link(host, up=False)
+        self.link(host, up=False)
         try:
             yield
         finally:
-            self._link(host, up=True)
-            labs.restart(topology(self.name, len(HOSTS)), host)
+            self.link(host, up=True)
+            labs.restart(self.shape, host)
             self.until_ready()
 
     def knows(self, host: str, underlay: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +19,24 @@ def context_file() -> Path:
     return Path(base) / "overland" / "context"
 
 
+TAKEOVER_LIMIT_S, AGAIN_S = 20.0, 0.2
+CONNECT_LIMIT_S, ANSWER_LIMIT_S = 3.0, 120.0
+
+
+class _Silent(Exception):
+    """An NVA does not answer; nothing was done."""
+
+
 class Unreachable(Failure):
     """The NVA does not answer."""
 
 
 class Client:
-    """One NVA's API: `--api`, else OVERLAND_API, else the context that was last written."""
+    """The API of the domain's NVAs: `--api`, else OVERLAND_API, else the context last written.
+
+    One URL, or those of several NVAs with commas between; any of them leads to the active one.
+    While one takes over from another, requests wait for it.
+    """
 
     def __init__(self, api: str | None) -> None:
         url = api or os.environ.get("OVERLAND_API") or _context()
@@ -35,25 +48,37 @@ class Client:
                 "`overland lab up`, --api URL or OVERLAND_API",
                 Exit.USAGE,
             )
-        self.url = url
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname:
-            raise Failure("api", f"{url} is not an http:// URL", "usage", exit_code=Exit.USAGE)
-        self._address = (parts.hostname, parts.port or 80)
+        self._addresses = [_address(each.strip()) for each in url.split(",")]
 
     def _open(self, method: str, path: str, body: Any) -> http.client.HTTPResponse:
-        connection = http.client.HTTPConnection(*self._address, timeout=120)
-        headers = {"Content-Type": "application/json"}
-        data = json.dumps(body) if body is not None else None
-        try:
-            connection.request(method, path, data, headers)
-            answer = connection.getresponse()
-        except OSError as error:
-            why = f"the NVA at {self.url} does not answer ({error.strerror or error})"
-            raise Unreachable("api", why, "unreachable", "is it running?") from None
+        deadline_s = time.monotonic() + TAKEOVER_LIMIT_S
+        while (answer := self._any(method, path, body)) is None:
+            if time.monotonic() > deadline_s:
+                why = f"none of the NVAs has become the active one in {TAKEOVER_LIMIT_S:g} s"
+                raise Unreachable("api", why, "no_leader", "does their store have a majority?")
+            time.sleep(AGAIN_S)
         if answer.status >= 400:
             raise _failure(answer)
         return answer
+
+    def _any(self, method: str, path: str, body: Any) -> http.client.HTTPResponse | None:
+        """The first answer of an active NVA; None when one is there, but none is active now."""
+        standby, silent = False, ""
+        for address in self._addresses:
+            try:
+                answer = _ask(address, method, path, body)
+                if answer.status == 307:
+                    standby = True
+                    answer = _ask(_address(answer.headers["Location"]), method, path, body)
+            except _Silent as failure:
+                silent = silent or str(failure)
+                continue
+            if answer.status not in (307, 503):
+                return answer
+            standby = True
+        if not standby:
+            raise Unreachable("api", silent, "unreachable", "is it running?")
+        return None
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """JSON answer of one request; Failure carries what the NVA says."""
@@ -67,6 +92,33 @@ class Client:
             line = raw.decode().strip()
             if line.startswith("data: "):
                 yield json.loads(line[6:])
+
+
+def _address(url: str) -> tuple[str, int]:
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname:
+        raise Failure("api", f"{url} is not an http:// URL", "usage", exit_code=Exit.USAGE)
+    return parts.hostname, parts.port or 80
+
+
+def _ask(address: tuple[str, int], method: str, path: str, body: Any) -> http.client.HTTPResponse:
+    """One request to one NVA. _Silent when it cannot have been carried out, else Unreachable."""
+    connection = http.client.HTTPConnection(*address, timeout=CONNECT_LIMIT_S)
+    headers = {"Content-Type": "application/json"}
+    data = json.dumps(body) if body is not None else None
+    asked = False
+    try:
+        connection.connect()
+        connection.sock.settimeout(ANSWER_LIMIT_S)
+        asked = method != "GET"
+        connection.request(method, path, data, headers)
+        return connection.getresponse()
+    except OSError as error:
+        at = f"http://{address[0]}:{address[1]}"
+        why = f"the NVA at {at} does not answer ({error.strerror or error})"
+        if asked:
+            raise Unreachable("api", why, "unreachable", "it may have done it") from None
+        raise _Silent(why) from None
 
 
 def _failure(answer: http.client.HTTPResponse) -> Failure:

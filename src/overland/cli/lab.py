@@ -33,9 +33,9 @@ def _failure(error: Exception, code: str = "lab") -> Failure:
     return Failure("lab", str(error), code)
 
 
-def _topology(name: str, hosts: int) -> Topology:
+def _topology(name: str, hosts: int, nvas: int = 1) -> Topology:
     try:
-        return topology(name, hosts)
+        return topology(name, hosts, nvas)
     except ValueError as error:
         raise Failure("lab up", str(error), "usage", exit_code=Exit.USAGE) from None
 
@@ -47,21 +47,28 @@ def lab_state(name: str) -> dict[str, Any]:
     return dict(json.loads(path.read_text()))
 
 
+def _apis(state: dict[str, Any]) -> list[str]:
+    return [nva["api"] for nva in state["nvas"]]
+
+
+def lab_client(name: str) -> Client:
+    """The API of lab `name`, whichever of its NVAs is the active one."""
+    return Client(",".join(_apis(lab_state(name))))
+
+
 @lab.command("up")
 def up(
     hosts: Annotated[int, typer.Option(help="1 to 200")] = 3,
     name: LabName = "lab",
-    nvas: Annotated[int, typer.Option(help="1; more are not built")] = 1,
+    nvas: Annotated[int, typer.Option(help="1, or 3 or 5 on a store of their own each")] = 1,
     output: Output = Format.table,
 ) -> None:
     """Bring a lab up; returns when all hosts are ready."""
-    if nvas != 1:
-        raise Failure("lab up", "one NVA only is built", "usage", "--nvas 1", Exit.USAGE)
     try:
-        state = labs.up(_topology(name, hosts))
+        state = labs.up(_topology(name, hosts, nvas))
     except (labs.LabFailure, OSError) as error:
         raise _failure(error) from None
-    write_context(state["api"])
+    write_context(",".join(_apis(state)))
     show(_status(name), output)
 
 
@@ -77,7 +84,9 @@ def down(name: LabName = "lab", output: Output = Format.table) -> None:
 
 @lab.command("restart")
 def restart(
-    daemon: Annotated[str, typer.Argument(help="nva, or a host's name for its NVE")],
+    daemon: Annotated[
+        str, typer.Argument(help="nva (of several: nva1), or a host's name for its NVE")
+    ],
     name: LabName = "lab",
     output: Output = Format.table,
 ) -> None:
@@ -85,11 +94,11 @@ def restart(
 
     Returns when it is back: an NVE is connected to the NVA, an NVA hears every NVE that runs.
     """
-    api = lab_state(name)["api"]
-    shape = _topology(name, labs.size(LABS / name))
-    before = labs.connections(api) or {}
+    apis = _apis(lab_state(name))
+    shape = _topology(name, *labs.size(LABS / name))
+    before = labs.connections(apis) or {}
     try:
-        labs.wait_back(shape, daemon, api, labs.restart(shape, daemon), before)
+        labs.wait_back(shape, daemon, apis, labs.restart(shape, daemon), before)
     except (labs.LabFailure, OSError) as error:
         raise _failure(error) from None
     done({"restarted": daemon}, output)
@@ -97,7 +106,7 @@ def restart(
 
 def _status(name: str) -> dict[str, Any]:
     state = lab_state(name)
-    client = Client(state["api"])
+    client = lab_client(name)
     hosts = [
         {
             "name": host["name"],
@@ -117,12 +126,14 @@ def _status(name: str) -> dict[str, Any]:
         }
         for each in client.call("GET", "/v1/endpoints")
     ]
-    return {"name": name, "api": state["api"], "hosts": hosts, "endpoints": endpoints}
+    nvas = [nva | {"leader": labs.leads(nva["api"])} for nva in state["nvas"]]
+    api = next((nva["api"] for nva in nvas if nva["leader"]), state["api"])
+    return {"name": name, "api": api, "nvas": nvas, "hosts": hosts, "endpoints": endpoints}
 
 
 @lab.command("status")
 def status(name: LabName = "lab", output: Output = Format.table) -> None:
-    """Hosts and endpoints of a lab that is up."""
+    """NVAs, hosts and endpoints of a lab that is up; `api` is that of the active NVA."""
     show(_status(name), output)
 
 
@@ -142,7 +153,7 @@ def in_guest(
     context: typer.Context, vm: str, name: LabName = "lab", timeout: Timeout = 30.0
 ) -> None:
     """Run a command in a VM that runs the lab's guest image; prints its output."""
-    client = Client(lab_state(name)["api"])
+    client = lab_client(name)
     host = client.call("GET", f"/v1/vms/{vm}")["host"]
     sock = LABS / name / "run" / host / vm / "console.sock"
     try:
@@ -167,7 +178,7 @@ def endpoint_add(
 ) -> None:
     """Attach a new network namespace to a network, like a VM."""
     namespace = endpoint_namespace(lab_name, name)
-    client = Client(api or lab_state(lab_name)["api"])
+    client = Client(api) if api else lab_client(lab_name)
     fresh = not (labs.NETNS / namespace).exists()
     if fresh:
         subprocess.run(["ip", "netns", "add", namespace], check=False, capture_output=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import uvloop
 from typer._click.exceptions import ClickException
 
 from overland.cli.client import Client, write_context
@@ -66,12 +65,12 @@ def _logging() -> None:
 @nva.command("run")
 def nva_run(config: ConfigFile) -> None:
     """Run the NVA of a domain."""
-    from overland.daemon.nva import Domain
+    from overland.daemon.nva import run_nva
 
     settings = load(config, NvaConfig)
     assert isinstance(settings, NvaConfig)
     _logging()
-    uvloop.run(Domain(settings).run())
+    run_nva(settings)
 
 
 @nve.command("run")

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from overland.cli.client import Client
-from overland.cli.lab import lab_state
+from overland.cli.lab import lab_client
 from overland.cli.options import LabName, Output
 from overland.cli.output import Failure, Format, done, show
 from overland.lab import console
@@ -30,7 +29,7 @@ class _Guest:
     def __init__(self, lab: str, vm: str) -> None:
         self._lab = lab
         self._vm = vm
-        self._client = Client(lab_state(lab)["api"])
+        self._client = lab_client(lab)
 
     def __call__(self, command: str) -> tuple[int, bytes]:
         host = self._client.call("GET", f"/v1/vms/{self._vm}")["host"]
@@ -49,7 +48,7 @@ def begin(
     tcp: bool,
 ) -> runs.Running:
     """Start a probe between `vm` and endpoints `peers` (all, when none is named)."""
-    client = Client(lab_state(lab)["api"])
+    client = lab_client(lab)
     record = client.call("GET", f"/v1/vms/{vm}")
     endpoints = {each["name"]: each for each in client.call("GET", "/v1/endpoints")}
     unknown = [name for name in peers if name not in endpoints]

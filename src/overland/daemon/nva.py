@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import socket
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -15,8 +17,10 @@ from typing import Any
 
 import msgspec
 import uvicorn
+import uvloop
 
 from overland.api.rest import create_app
+from overland.api.standby import standing_by
 from overland.config import NvaConfig
 from overland.daemon import run_first
 from overland.dataplane.namespace import inside
@@ -41,10 +45,12 @@ from overland.model.ticket import ticket_of
 from overland.nva import rules
 from overland.nva.authority import Authority, Blocked
 from overland.nva.handovers import RETRY_S, Handovers, last_orders
+from overland.nva.leadership import Leader, Leadership
 from overland.nva.liveness import Liveness
 from overland.nva.mapping import VnView
 from overland.nva.pushes import Pushes, Update, Whole
 from overland.ports import Conflict, PortFailure, StoreFailure
+from overland.store.etcd import EtcdStore
 from overland.store.sqlite import SqliteStore
 from overland.wire import messages as w
 from overland.wire import tls
@@ -76,7 +82,9 @@ class Domain:
 
     def __init__(self, config: NvaConfig) -> None:
         self._config = config
-        self.authority = Authority(SqliteStore(Path(config.store)), self._networks_changed)
+        self._leadership = _leadership(config)
+        ledger = self._leadership or SqliteStore(Path(config.store))
+        self.authority = Authority(ledger, self._networks_changed)
         self._wire = WireServer(self)
         self._sealer: Sealer | None = None
         self.handovers = Handovers(self.authority, self._tell, self._move_changed)
@@ -91,12 +99,33 @@ class Domain:
         self._latest: dict[str, Handover] = {}
         self._members_due: asyncio.TimerHandle | None = None
         self._complete = False
+        self._began = False
         self._api: uvicorn.Server | None = None
 
-    async def run(self) -> None:
+    async def run(self) -> str:
+        """Serve until `stop`; returns why, when this NVA may not be the active one any more."""
         run_first()
+        api = _api_socket(self._config)
+        app = create_app(self)
+        if self._leadership is None:
+            await self._begin()
+        else:
+            app = standing_by(app, self._is_active, self._leader_api)
+        self._api = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        serving = asyncio.create_task(self._api.serve(sockets=[api]))
+        leading = asyncio.create_task(self._lead())
+        await asyncio.wait({serving, leading}, return_when=asyncio.FIRST_COMPLETED)
+        why = leading.result() if leading.done() else ""
+        if serving.done():
+            serving.result()
+        for task in (serving, leading):
+            task.cancel()
+        await self._end()
+        return why
+
+    async def _begin(self) -> None:
+        """Read the records, hear the NVEs, go on with the open moves."""
         config = self._config
-        api = _api_socket(config)
         await self.authority.load()
         certificate, key = Path(config.tls.certificate), Path(config.tls.key)
         context = tls.context(Path(config.tls.ca), certificate, key, server=True)
@@ -108,14 +137,40 @@ class Domain:
             raise PortFailure(f"cannot listen on {at}: {error.strerror}") from None
         asyncio.get_running_loop().call_later(config.lease_s, self._first_lease_ended)
         await self.handovers.recover()
-        self._api = uvicorn.Server(
-            uvicorn.Config(create_app(self), log_level="warning", lifespan="off")
-        )
-        await self._api.serve(sockets=[api])
+        self._began = True
+
+    async def _lead(self) -> str:
+        """Stand by, be the active one, and return why that has ended (N-10)."""
+        leadership = self._leadership
+        if leadership is None:  # with a store of its own there is nobody to lose it to
+            never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+            return await never
+        await leadership.win()
+        log.warning("this NVA is the active one")
+        keeping = asyncio.create_task(leadership.keep())
+        try:
+            await self._begin()
+            return await keeping
+        except StoreFailure as failure:
+            return str(failure)
+        finally:
+            keeping.cancel()
+
+    def _is_active(self) -> bool:
+        return self._began and self._leadership is not None and self._leadership.leads()
+
+    def _leader_api(self) -> str | None:
+        """None also while this NVA itself is on its way to be the active one."""
+        seen = self._leadership.seen if self._leadership is not None else None
+        return seen.api if seen is not None and seen.name != _name(self._config) else None
+
+    async def _end(self) -> None:
         self._wire.close()
         self._liveness.close()
         for timer in self._leases.values():
             timer.cancel()
+        if self._leadership is not None:
+            await self._leadership.close()
 
     def stop(self) -> None:
         """Let `run` return; the NVEs go on with what they have."""
@@ -623,6 +678,38 @@ class Domain:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.5), condition:
                     await condition.wait()
+
+
+def run_nva(config: NvaConfig) -> None:
+    """Run until killed."""
+    uvloop.run(_run(config))
+
+
+async def _run(config: NvaConfig) -> None:
+    why = await Domain(config).run()
+    if why:
+        # A standby from here on. Nothing that this process knew or began may act any more, and none
+        # of its connections may stay: what is certain about that is a new program.
+        log.warning("this NVA is not the active one any more: %s", why)
+        os.execv(sys.executable, sys.orig_argv)
+
+
+def _name(config: NvaConfig) -> str:
+    """One of a kind: no two processes can wait for the NVEs there."""
+    return f"{config.wire_address}:{config.wire_port}"
+
+
+def _leadership(config: NvaConfig) -> Leadership | None:
+    """None with a store that nobody else uses."""
+    if config.etcd is None:
+        return None
+    trust = config.store_tls
+    context = None
+    if trust is not None:
+        pair = Path(trust.certificate), Path(trust.key)
+        context = tls.context(Path(trust.ca), *pair, server=False)
+    api = config.api_url or f"http://{config.api_listen}"
+    return Leadership(EtcdStore(config.etcd, context), Leader(name=_name(config), api=api))
 
 
 async def _notify(condition: asyncio.Condition) -> None:

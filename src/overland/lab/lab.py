@@ -16,10 +16,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from overland.lab import etcd
 from overland.lab.topology import UNDERLAY_MTU, WIRE_PORT, LabHost, Topology, of_lab
 from overland.wire import tls
 
@@ -53,11 +54,15 @@ def up(lab: Topology) -> dict[str, Any]:
         _namespaces(lab)
         _keep_home(lab)
         _certificates(lab)
-        port = _start(lab)
-        state: dict[str, Any] = {"name": lab.name, "api": f"http://127.0.0.1:{port}"}
+        apis = _start(lab)
+        nvas = [
+            {"name": nva.name, "namespace": nva.namespace, "api": api}
+            for nva, api in zip(lab.nvas, apis, strict=True)
+        ]
+        state: dict[str, Any] = {"name": lab.name, "api": apis[0], "nvas": nvas}
         (lab.folder / "state.json").write_text(json.dumps(state))
         names = {host.name for host in lab.hosts}
-        _wait(lab, lambda: _away(state["api"], names, {}))
+        _wait(lab, lambda: _away(apis, names, {}))
     except BaseException:
         down(lab.name, lab.folder, keep_logs=True)
         raise
@@ -72,7 +77,7 @@ def _namespaces(lab: Topology) -> None:
         "link set lo up",
         namespace=lab.underlay,
     )
-    for index, host in enumerate((lab.nva, *lab.hosts)):
+    for index, host in enumerate((*lab.nvas, *lab.hosts)):
         _ip(f"netns add {host.namespace}")
         _ip(
             f"link add u{index} mtu {UNDERLAY_MTU} type veth peer name underlay "
@@ -92,47 +97,84 @@ def _namespaces(lab: Topology) -> None:
 def _certificates(lab: Topology) -> None:
     folder = lab.folder / "certs"
     tls.create_authority(folder)
-    tls.issue(folder, "nva", "nva", [lab.nva.underlay_ipv4, lab.nva.underlay_ipv6])
+    for nva in lab.nvas:
+        addresses = [nva.underlay_ipv4, nva.underlay_ipv6]
+        tls.issue(folder, nva.name, "nva", addresses)
+        if len(lab.nvas) > 1:
+            # Another authority than the NVEs have: none of them may write a record.
+            tls.create_authority(folder / "store")
+            tls.issue(folder / "store", nva.name, "nva", addresses)
     for host in lab.hosts:
         tls.issue(folder, host.name, f"nve:{host.name}", [host.underlay_ipv4, host.underlay_ipv6])
 
 
-def _tls_section(lab: Topology, name: str) -> str:
-    folder = lab.folder / "certs"
-    return (
-        f'[tls]\nca = "{folder}/ca.crt"\n'
-        f'certificate = "{folder}/{name}.crt"\nkey = "{folder}/{name}.key"\n'
-    )
+def _tls_section(folder: Path, name: str, section: str = "tls") -> str:
+    ca, certificate, key = _pair(folder, name)
+    return f'[{section}]\nca = "{ca}"\ncertificate = "{certificate}"\nkey = "{key}"\n'
+
+
+def _pair(folder: Path, name: str) -> tuple[Path, Path, Path]:
+    return folder / "ca.crt", folder / f"{name}.crt", folder / f"{name}.key"
 
 
 def nve_config(lab: Topology, host: LabHost) -> Path:
     """Write and return the config file of one host's NVE."""
     path = lab.folder / f"{host.name}.toml"
+    nvas = [f"wss://{nva.underlay_ipv4}:{WIRE_PORT}/" for nva in lab.nvas]
     path.write_text(
         f'host = "{host.name}"\n'
-        f'nva = ["wss://{lab.nva.underlay_ipv4}:{WIRE_PORT}/"]\n'
+        f"nva = {json.dumps([nvas])}\n"
         f'underlay_ipv4 = "{host.underlay_ipv4}"\nunderlay_ipv6 = "{host.underlay_ipv6}"\n'
         f'run_dir = "{lab.folder}/run/{host.name}"\n'
         f'namespace_prefix = "{host.namespace}"\n'
-        f"memory_mib = 8192\n{_tls_section(lab, host.name)}"
+        f"memory_mib = 8192\n{_tls_section(lab.folder / 'certs', host.name)}"
     )
     return path
 
 
-def _start(lab: Topology) -> int:
-    port = _free_port()
-    # The API is for people: it listens where they are, on loopback, not inside the lab.
-    (lab.folder / "nva.toml").write_text(
-        f'store = "{lab.folder}/nva.db"\napi_listen = "127.0.0.1:{port}"\n'
-        f'api_namespace = "{home(lab.name)}"\n'
-        f'wire_address = "{lab.nva.underlay_ipv4}"\nwire_port = {WIRE_PORT}\n'
-        f"{_tls_section(lab, 'nva')}"
-    )
-    daemon(lab, lab.nva)
+def _start(lab: Topology) -> list[str]:
+    """Start everything; returns the URLs of the NVAs' APIs."""
+    ports = _free_ports(len(lab.nvas))
+    if len(lab.nvas) > 1:
+        for nva in lab.nvas:
+            _etcd(lab, nva)
+    for nva, port in zip(lab.nvas, ports, strict=True):
+        _nva_config(lab, nva, port)
+        daemon(lab, nva)
     for host in lab.hosts:
         nve_config(lab, host)
         daemon(lab, host)
-    return port
+    return [f"http://127.0.0.1:{port}" for port in ports]
+
+
+def _nva_config(lab: Topology, nva: LabHost, port: int) -> None:
+    certs = lab.folder / "certs"
+    store, trust = f"{lab.folder}/nva.db", ""
+    if len(lab.nvas) > 1:
+        members = (f"https://{each.underlay_ipv4}:{etcd.CLIENT_PORT}" for each in lab.nvas)
+        store = f"etcd:{','.join(members)}"
+        trust = _tls_section(certs / "store", nva.name, "store_tls")
+    # The API is for people: it listens where they are, on loopback, not inside the lab.
+    (lab.folder / f"{nva.name}.toml").write_text(
+        f'store = "{store}"\napi_listen = "127.0.0.1:{port}"\n'
+        f'api_namespace = "{home(lab.name)}"\n'
+        f'wire_address = "{nva.underlay_ipv4}"\nwire_port = {WIRE_PORT}\n'
+        f"{_tls_section(certs, nva.name)}{trust}"
+    )
+
+
+def _etcd(lab: Topology, nva: LabHost) -> None:
+    """Start the member of the store that is on the NVA's host."""
+    command = etcd.command(
+        lab.folder / "etcd" / nva.name,
+        nva.name,
+        f"https://{nva.underlay_ipv4}:{etcd.CLIENT_PORT}",
+        {each.name: f"https://{each.underlay_ipv4}:{etcd.PEER_PORT}" for each in lab.nvas},
+        _pair(lab.folder / "certs" / "store", nva.name),
+    )
+    if shutil.which(command[0]) is None:
+        raise LabFailure("etcd is missing: install etcd-server, or use --nvas 1")
+    _spawn(lab, nva, command, f"etcd-{nva.name}")
 
 
 def _keep_home(lab: Topology) -> None:
@@ -162,25 +204,30 @@ def _mount(*command: str) -> None:
         raise LabFailure(done.stderr.strip())
 
 
-def _free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as trial:
-        trial.bind(("127.0.0.1", 0))
-        return int(trial.getsockname()[1])
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        trials = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for trial in trials:
+            trial.bind(("127.0.0.1", 0))
+        return [int(trial.getsockname()[1]) for trial in trials]
 
 
 def daemon(lab: Topology, host: LabHost) -> int:
     """Start one daemon inside its namespace, in a session of its own; returns its pid."""
-    role = "nva" if host is lab.nva else "nve"
+    role = "nva" if host in lab.nvas else "nve"
     config = lab.folder / f"{host.name}.toml"
-    command = [
-        *("nsenter", f"--net={NETNS / host.namespace}"),
-        *(sys.executable, "-m", "overland", role, "run", "--config", str(config)),
-    ]
-    log = str(lab.folder / f"{host.name}.log")
+    command = [sys.executable, "-m", "overland", role, "run", "--config", str(config)]
+    return _spawn(lab, host, command, host.name)
+
+
+def _spawn(lab: Topology, host: LabHost, command: list[str], called: str) -> int:
+    """Run `command` on `host`, with a log and a pid file of the name `called`."""
+    inside = ["nsenter", f"--net={NETNS / host.namespace}", *command]
+    log = str(lab.folder / f"{called}.log")
     to_log = (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     pid = os.posix_spawnp(
-        command[0],
-        command,
+        inside[0],
+        inside,
         os.environ,
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -189,13 +236,13 @@ def daemon(lab: Topology, host: LabHost) -> int:
         ],
         setsid=True,
     )
-    (lab.folder / f"{host.name}.pid").write_text(str(pid))
+    (lab.folder / f"{called}.pid").write_text(str(pid))
     return pid
 
 
-def size(folder: Path) -> int:
-    """How many hosts the lab in `folder` has; told by its files, for its NVA may be away."""
-    return len(list(folder.glob("h*.toml")))
+def size(folder: Path) -> tuple[int, int]:
+    """How many hosts and NVAs the lab in `folder` has; told by its files: an NVA may be away."""
+    return len(list(folder.glob("h*.toml"))), len(list(folder.glob("nva*.toml")))
 
 
 def restart(lab: Topology, name: str) -> int:
@@ -203,7 +250,7 @@ def restart(lab: Topology, name: str) -> int:
 
     VMs and traffic are left alone.
     """
-    host = next((each for each in (lab.nva, *lab.hosts) if each.name == name), None)
+    host = next((each for each in (*lab.nvas, *lab.hosts) if each.name == name), None)
     if host is None or not (NETNS / host.namespace).exists():
         raise LabFailure(f"there is no daemon {name}")
     pid = _pid(lab, host)
@@ -228,34 +275,55 @@ def get(url: str) -> Any:
         return json.load(answer)
 
 
-def connections(api: str) -> dict[str, int] | None:
-    """Since when each NVE is connected to the NVA (CLOCK_REALTIME ns, 0: it is not).
+def leads(api: str) -> bool:
+    """Whether the NVA with this API answers and is the active one."""
+    with contextlib.suppress(OSError, ValueError):
+        return bool(get(f"{api}/healthz")["status"] == "ok")
+    return False
 
-    None when the NVA itself does not answer.
+
+def connections(apis: Sequence[str]) -> dict[str, int] | None:
+    """Since when each NVE is connected to the active NVA (CLOCK_REALTIME ns, 0: it is not).
+
+    None when no NVA of `apis` is active.
     """
-    try:
-        return {host["name"]: host["connected_ns"] for host in get(f"{api}/v1/hosts")}
-    except (OSError, ValueError):
-        return None
+    for api in apis:
+        with contextlib.suppress(OSError, ValueError):
+            return {host["name"]: host["connected_ns"] for host in get(f"{api}/v1/hosts")}
+    return None
 
 
-def wait_back(lab: Topology, name: str, api: str, pid: int, before: dict[str, int]) -> None:
+def wait_back(
+    lab: Topology, name: str, apis: Sequence[str], pid: int, before: dict[str, int]
+) -> None:
     """Return when daemon `name`, restarted as `pid`, does its work again; else LabFailure.
 
     An NVE is back when it is connected anew, which `before` (`connections` before the restart)
-    tells; an NVA when every NVE that runs is connected to it.
+    tells; an NVA when it answers, and every NVE that runs is connected to the active one.
     """
-    if name == lab.nva.name:
+    own = {nva.name: api for nva, api in zip(lab.nvas, apis, strict=True)}.get(name)
+    if own is not None:
         needed = {host.name for host in lab.hosts if _pid(lab, host) in _inside([host.namespace])}
+        before = {}
     else:
         needed = {name}
 
     def missing() -> set[str]:
         if not _lives(pid):
             raise LabFailure(f"{name} ended again; its log is {lab.folder}/{name}.log")
-        return _away(api, needed, before)
+        if own is not None and not _answers(own):
+            return {name}
+        return _away(apis, needed, before)
 
     _wait(lab, missing)
+
+
+def _answers(api: str) -> bool:
+    try:
+        get(f"{api}/healthz")
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _wait(lab: Topology, missing: Callable[[], set[str]]) -> None:
@@ -267,9 +335,9 @@ def _wait(lab: Topology, missing: Callable[[], set[str]]) -> None:
         time.sleep(0.05)
 
 
-def _away(api: str, names: set[str], before: dict[str, int]) -> set[str]:
+def _away(apis: Sequence[str], names: set[str], before: dict[str, int]) -> set[str]:
     """Which of the hosts `names` are not connected anew; the NVA itself if it is silent."""
-    since = connections(api)
+    since = connections(apis)
     if since is None:
         return {"nva"}
     return {name for name in names if since.get(name, 0) in (0, before.get(name, 0))}

@@ -25,10 +25,10 @@ class LabHost:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """A lab's hosts, the NVA and the underlay that joins them."""
+    """A lab's hosts, its NVAs and the underlay that joins them."""
 
     name: str
-    nva: LabHost
+    nvas: tuple[LabHost, ...]
     hosts: tuple[LabHost, ...]
 
     @property
@@ -40,11 +40,13 @@ class Topology:
         return LABS / self.name
 
 
-def topology(name: str, hosts: int) -> Topology:
-    """The lab `name` with `hosts` hosts; ValueError when that is not possible."""
+def topology(name: str, hosts: int, nvas: int = 1) -> Topology:
+    """The lab `name` with `hosts` hosts and `nvas` NVAs; ValueError when that is not possible."""
     parse_name(name, "lab")
     if not 1 <= hosts <= 200:
         raise ValueError(f"{hosts} hosts: use 1 to 200")
+    if nvas not in (1, 3, 5):
+        raise ValueError(f"{nvas} NVAs: use 1, 3 or 5, of which most must live")
 
     def host(called: str, number: int) -> LabHost:
         return LabHost(
@@ -56,7 +58,11 @@ def topology(name: str, hosts: int) -> Topology:
 
     return Topology(
         name=name,
-        nva=host("nva", 254),
+        nvas=(
+            (host("nva", 254),)
+            if nvas == 1
+            else tuple(host(f"nva{number}", 255 - number) for number in range(1, nvas + 1))
+        ),
         hosts=tuple(host(f"h{number}", number) for number in range(1, hosts + 1)),
     )
 

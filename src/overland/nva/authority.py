@@ -22,7 +22,7 @@ from overland.nva import rules
 from overland.nva.cluster import Cluster
 from overland.nva.mapping import underlay_address
 from overland.nva.placement import Placement, drain_plan
-from overland.ports import Conflict, Delete, Expect, Put, Store, StoreFailure
+from overland.ports import Conflict, Delete, Expect, Ledger, Put, StoreFailure
 
 Kept = Network | Host | Vm | Endpoint | Handover
 T = TypeVar("T", Network, Host, Vm, Endpoint, Handover)
@@ -45,7 +45,7 @@ def _stop_if(refusals: Iterable[Refused]) -> None:
 class Authority:
     """One domain's records. Call `load` first."""
 
-    def __init__(self, store: Store, changed: Callable[[frozenset[str]], None]) -> None:
+    def __init__(self, store: Ledger, changed: Callable[[frozenset[str]], None]) -> None:
         self._store = store
         self._changed = changed
         self._revisions: dict[str, int] = {}

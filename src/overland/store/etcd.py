@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import ssl
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import aiohttp
@@ -154,7 +154,7 @@ class EtcdStore:
             raise Conflict(f"{', '.join(expect.key for expect in expects)}: one has changed")
         return written
 
-    async def watch(self, prefix: str, after: int) -> AsyncIterator[Change]:
+    async def watch(self, prefix: str, after: int) -> AsyncGenerator[Change, None]:
         """StoreFailure when no member can be asked, or `after` is so old that etcd forgot it."""
         failed = 0
         while failed < len(self._endpoints):

@@ -14,7 +14,11 @@ from picows import WSError, WSFrame, WSListener, WSMsgType, WSTransport, ws_conn
 from overland.wire import messages as w
 from overland.wire.server import IDLE_S, REPLY_S
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 1.0
+"""An NVA that takes over waits for `lease_s` for the NVEs: they try again more often than that."""
+
+CONNECT_LIMIT_S = 1.0
+"""After so long the next address is tried: a host that is gone does not even refuse."""
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +28,7 @@ class WireClient:
 
     def __init__(
         self,
-        urls: Sequence[str],
+        urls: Sequence[str | Sequence[str]],
         tls: ssl.SSLContext,
         hello: Callable[[], w.Hello],
         heard: Callable[[w.FromNva], None],
@@ -47,7 +51,7 @@ class WireClient:
         """Stay connected for ever."""
         pause_s = FIRST_PAUSE_S
         while True:
-            for url in self._urls:
+            for url in in_turn(self._urls):
                 try:
                     await self._once(url)
                     pause_s = FIRST_PAUSE_S
@@ -57,14 +61,15 @@ class WireClient:
             pause_s = min(LONGEST_PAUSE_S, pause_s * 2)
 
     async def _once(self, url: str) -> None:
-        transport, _ = await ws_connect(
-            lambda: _Listener(self._heard),
-            url,
-            ssl_context=self._tls,
-            enable_auto_ping=True,
-            auto_ping_idle_timeout=IDLE_S,
-            auto_ping_reply_timeout=REPLY_S,
-        )
+        async with asyncio.timeout(CONNECT_LIMIT_S):
+            transport, _ = await ws_connect(
+                lambda: _Listener(self._heard),
+                url,
+                ssl_context=self._tls,
+                enable_auto_ping=True,
+                auto_ping_idle_timeout=IDLE_S,
+                auto_ping_reply_timeout=REPLY_S,
+            )
         transport.send(WSMsgType.BINARY, w.encode(self._hello()))
         self._transport = transport
         for message in self._unsent:
@@ -75,6 +80,15 @@ class WireClient:
         finally:
             self._transport = None
             transport.disconnect()
+
+
+def in_turn(urls: Sequence[str | Sequence[str]]) -> list[str]:
+    """The preferred addresses first; equal ones, in an inner sequence, in random order (N-09)."""
+    turn: list[str] = []
+    for each in urls:
+        equal = [each] if isinstance(each, str) else list(each)
+        turn += random.sample(equal, len(equal))
+    return turn
 
 
 class _Listener(WSListener):
