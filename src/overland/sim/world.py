@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from overland.mobility import coordinator
 from overland.mobility import messages as m
 from overland.model.cluster import Interface, Vm
-from overland.model.handover import ENDED, Handover, MovingPort, PhaseAt, committed
+from overland.model.handover import ENDED, Handover, MovingPort, Options, PhaseAt, committed
 from overland.nva.handovers import last_orders
 from overland.sim.host import Frame, SimHost
 
@@ -43,6 +43,7 @@ class Plan:
     faults: tuple[tuple[float, str, str, float], ...] = ()
     frames: int = 12
     duplicate: float = 0.0
+    checkpoints: int = 0
 
     @property
     def lossless(self) -> bool:
@@ -165,6 +166,7 @@ class World:
             peers=tuple(name for name in NAMES if name not in (self.old, self.new)),
             ports=(port,),
             version=self.version,
+            options=Options(checkpoints=self.plan.checkpoints),
             phases=(PhaseAt(phase="planned", at_ns=1),),
         )
 
@@ -364,6 +366,12 @@ class World:
         else:
             new.copy = "whole"
 
+    def mirrored(self, new: SimHost) -> None:
+        """A checkpoint is whole on the new host; never once its move has ended (R-11)."""
+        if self.record is None:
+            raise Violation("a checkpoint was taken after the end of its move")
+        new.checkpoint = True
+
     # ------------------------------------------------------------ frames
 
     def _stream(self) -> None:
@@ -458,6 +466,8 @@ class World:
                 raise Violation(f"{host.name} still has a gate, a tunnel or a queue")
             if host.copy != "none" and host is not vm:
                 raise Violation(f"a copy is left on {host.name}: {host.copy}")
+            if host.keeping or (host.checkpoint and not coordinator.recoverable(record)):
+                raise Violation(f"{host.name} still takes or keeps checkpoints")
             if host.table != self.vm_host and host is not vm and host.name != self.old:
                 raise Violation(f"{host.name} sends to {host.table}, the VM is on {self.vm_host}")
         self._settle_tables()
@@ -470,6 +480,7 @@ class World:
         """The agent's next round (nve/agent.py): forwarding as the record says."""
         for host in self.hosts.values():
             host.table = host.known = self.vm_host
+            host.checkpoint = False  # nobody needs it any more: the VM is back
         if self.hosts[self.vm_host].copy != "running":
             self.hosts[self.vm_host].copy = "running"  # its owner starts it anew
             for host in self.hosts.values():
