@@ -193,7 +193,8 @@ class Domain:
         if record is None or isinstance(report, Closed | Failed | Progress):
             return
         self._tell(host, Close(move=report.move))
-        if isinstance(report, Restored):
+        vm = self.authority.cluster.vms.get(record.vm.name)
+        if isinstance(report, Restored) and vm is not None and vm.host == host:
             self._later(self._forget_checkpoint(record.vm.name))
 
     async def _forget_checkpoint(self, name: str) -> None:
