@@ -534,6 +534,29 @@ async def test_an_old_copy_that_comes_back_after_a_recovery_is_ended_before_all(
     assert (await again.hears(w.MoveOrder)).order == m.Restore(move="m1")
 
 
+@pytest.mark.req("R-12")
+async def test_a_checkpoint_is_dropped_once_the_vm_is_found_alive(world: World) -> None:
+    """Its host was thought dead; what it did since must not be taken back by a recovery."""
+    one, two = await lost_host(world)
+    one.say(w.MoveReport(report=m.Restored(move="m1", nve="h1")))
+    order = await two.hears(w.VmOrder)
+    assert (order.action, order.vm.name) == ("forget", "web")
+    assert world.domain.authority.recovery_point("web") is None
+
+
+@pytest.mark.req("R-12")
+async def test_a_vm_that_crashed_with_its_host_may_be_recovered_when_that_is_back(
+    world: World,
+) -> None:
+    _, two = await lost_host(world)
+    await world.domain.authority.vm_state("web", "crashed", "seen at connection")
+    recovering = asyncio.create_task(world.domain.recover("web", fenced=False))
+    order = await two.hears(w.VmOrder)
+    assert (order.action, order.vm.host) == ("recover", "h2")
+    two.say(w.VmAnswer(id=order.id, at_ns=1))
+    assert (await recovering)["version"] == 5
+
+
 async def test_a_vm_with_a_disk_does_not_move_warm(world: World) -> None:
     """A checkpoint holds memory only; disk and memory have to be of one instant."""
     await lost_host(world)

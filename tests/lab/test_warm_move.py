@@ -76,6 +76,7 @@ def test_a_warm_move_that_is_disturbed_ends_and_mirroring_with_it(lab: Lab, faul
     kind, _, who = fault.partition("-")
     lab.do(kind, {"old": old, "new": new, "nva": "nva", "": ""}[who], 0.0, move)
     if who == "nva":
+        lab.until_ready()
         count = shown(move)["checkpoints"]["count"]
         lab.until(lambda: shown(move)["checkpoints"]["count"] > count)
         lab.do("abort", "", 0.0, move)

@@ -45,6 +45,22 @@ def test_seeds_that_once_found_something(seed: int, moves: int) -> None:
     assert run.failing(seed, moves) is None
 
 
+@pytest.mark.req("R-11")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("checkpoints", [1, 3])
+def test_a_warm_move_ends_and_mirroring_with_it_whatever_fails(checkpoints: int) -> None:
+    """R-11: nothing is taken after the end, and a checkpoint stays only when the VM is lost."""
+    assert run.first_failing(0, 1500, 2, checkpoints) is None
+
+
+def test_a_warm_move_loses_no_frame() -> None:
+    for seed in range(50):
+        world = World(seed)
+        record = world.run(Plan(frames=40, checkpoints=2))
+        assert (record.outcome, record.checkpoints.count) == ("moved", 2)
+        assert len(world.books.delivered) == world.books.sent == 40
+
+
 @pytest.mark.req("R-36")
 def test_without_faults_every_frame_arrives_once_and_in_order() -> None:
     for seed in range(50):

@@ -35,6 +35,7 @@ from overland.mobility.messages import (
     Closed,
     Failed,
     Progress,
+    Restored,
     Retire,
 )
 from overland.model.cluster import Mapping, Refused, Vm
@@ -249,8 +250,19 @@ class Domain:
     def _ended_report(self, host: str, report: AnyReport) -> None:
         """A straggler has come to where it may close."""
         record = self.authority.move(report.move)
-        if record is not None and not isinstance(report, Closed | Failed | Progress):
-            self._tell(host, Close(move=report.move))
+        if record is None or isinstance(report, Closed | Failed | Progress):
+            return
+        self._tell(host, Close(move=report.move))
+        vm = self.authority.cluster.vms.get(record.vm.name)
+        if isinstance(report, Restored) and vm is not None and vm.host == host:
+            self._later(self._forget_checkpoint(record.vm.name))
+
+    async def _forget_checkpoint(self, name: str) -> None:
+        """The VM runs, or is gone for good: what a lost host made us keep is dropped."""
+        host = await self.authority.no_recovery(name)
+        if host is not None:
+            vm = self.authority.vm(name)
+            self._wire.send(host, w.VmOrder(id=next(self._numbers), action="forget", vm=vm))
 
     def _compare(self, host: str, copies: dict[str, str]) -> None:
         """What an NVE has against the records: the record's version decides (R-14)."""
@@ -483,6 +495,8 @@ class Domain:
             raise Blocked([refused])
         if action == "resume" and vm.state == "suspended":
             action = "wake"
+        if action == "start":
+            await self._forget_checkpoint(name)
         if action in ("start", "wake"):
             # Its interfaces are in place before it runs (requirements.md 3.3).
             await self.authority.vm_state(name, "preparing")
@@ -504,6 +518,7 @@ class Domain:
             self._stop_if_moving(vm)
         if vm.move is None and vm.host in self._wire.hosts():
             await self._order("stop", vm)
+        await self._forget_checkpoint(name)
         await self.authority.delete_vm(name)
 
     # ------------------------------------------------------------ moves

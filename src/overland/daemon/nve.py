@@ -260,6 +260,9 @@ class Nve:
                 return w.VmAnswer(id=order.id, given_bytes=given)
             case "gauge":
                 return w.VmAnswer(id=order.id, gauge=await self._hypervisor.gauge(name))
+            case "forget":
+                await self._hypervisor.drop_checkpoint(name)
+                return w.VmAnswer(id=order.id)
             case "recover":
                 ports = await self._ports_of(order.vm)
                 at_ns = await self._hypervisor.recover(order.vm, ports)

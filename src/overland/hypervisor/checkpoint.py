@@ -1,15 +1,16 @@
 """Checkpoints of a running VM, on their way from host to host and at rest on the new one.
 
-QEMU writes into the connection itself (`background-snapshot`), so nothing of it passes through us:
-we say the keeper's secret before it, and after it, when QEMU has said that all is out, a last word
-that makes it whole. Without that word nothing of it is kept. The newest whole one lies in a file,
-whose time of change is the instant that it holds.
+QEMU writes it (`background-snapshot`) into a relay, a process that sends it on: we say the keeper's
+secret before it, and after it, when all is out, a last word that makes it whole. Without that word
+nothing of it is kept. The newest whole one lies in a file, whose time of change is the instant that
+it holds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import secrets
 import socket
@@ -33,17 +34,25 @@ _SILENCE = struct.pack("ll", 30, 0)
 _SECRET_BYTES, _INSTANT_BYTES = 16, 8
 _LAST_WORD_BYTES = _SECRET_BYTES + _INSTANT_BYTES
 _KEPT = b"kept"
+_RELAY = "cat && exit 0; cat > /dev/null; exit 1"
+"""From QEMU to the network, and where that ends to nowhere."""
 
 
 class Giver:
-    """One checkpoint, seen from the old host: a connection that QEMU has as well."""
+    """One checkpoint, seen from the old host: what QEMU writes into it, a relay sends on.
+
+    QEMU has to come to the end of what it has begun: one that fails, or is cancelled, leaves the
+    VM's processors waiting for ever for pages that nobody releases any more (seen with 7.2). So the
+    relay takes all that QEMU writes whatever becomes of the connection, and of this daemon.
+    """
 
     def __init__(self, sock: socket.socket, secret: bytes) -> None:
-        self.sock = sock
+        self._sock = sock
         self._secret = secret
+        self._relay: asyncio.subprocess.Process | None = None
 
     @classmethod
-    async def open(cls, uri: str) -> Giver:
+    async def open(cls, uri: str, bytes_per_s: int) -> Giver:
         """Connect to a keeper. HypervisorFailure when it does not take any (more)."""
         address, port, secret = uri.removeprefix("checkpoint:").split("|")
         host = f"[{address}]" if ":" in address else address
@@ -51,27 +60,49 @@ class Giver:
         sock.setblocking(True)  # QEMU decides for itself; the flag belongs to the connection
         # While QEMU waits for the network, so does each page that the VM wants to write.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_LIMIT_MS)
+        pace = (bytes_per_s or _UNPACED).to_bytes(8, "little")
+        sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, pace)
         try:
-            sock.sendall(bytes.fromhex(secret))  # the first bytes of a connection always fit
+            sock.sendall(bytes.fromhex(secret))  # the first bytes always fit
         except OSError as error:
             sock.close()
             raise HypervisorFailure(f"checkpoint not taken: {error.strerror}") from None
         return cls(sock, bytes.fromhex(secret))
 
-    def hand_to(self, monitor: socket.socket, bytes_per_s: int) -> None:
-        """Give QEMU the connection along with the next QMP command; the kernel paces it."""
-        with contextlib.suppress(OSError):  # the other end is gone: QEMU will say so
-            pace = (bytes_per_s or _UNPACED).to_bytes(8, "little")
-            self.sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, pace)
-        socket.send_fds(monitor, [b" "], [self.sock.fileno()])
+    async def relay(self) -> int:
+        """Start the relay; the descriptor to write the checkpoint into, which the caller closes."""
+        source, into = os.pipe()
+        try:
+            fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, PIECE_BYTES)
+            self._relay = await asyncio.create_subprocess_exec(
+                *("sh", "-c", _RELAY),
+                stdin=source,
+                stdout=self._sock.fileno(),
+                stderr=asyncio.subprocess.DEVNULL,
+                start_new_session=True,  # it outlives this daemon
+            )
+        except OSError as error:
+            os.close(into)
+            raise HypervisorFailure(f"checkpoint: no relay: {error.strerror}") from None
+        finally:
+            os.close(source)
+        return into
+
+    def break_off(self) -> None:
+        """Nothing more gets to the new host; the relay throws the rest away."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Let go of our copy; QEMU's, if it still writes, stays open."""
-        self.sock.close()
+        """Let go of our end; what is not whole by now never is."""
+        self._sock.close()
 
     async def whole(self, at_ns: int) -> int:
         """Say that all is out, and what instant it holds; when it was kept (CLOCK_REALTIME ns)."""
+        assert self._relay is not None
         try:
+            if await self._relay.wait():
+                raise OSError(0, "the network, or the new host, did not take it")
             await asyncio.to_thread(self._last_word, at_ns)
         except OSError as error:
             why = error.strerror or "no answer"
@@ -79,10 +110,11 @@ class Giver:
         return time.time_ns()
 
     def _last_word(self, at_ns: int) -> None:
-        self.sock.settimeout(ANSWER_LIMIT_S)
-        self.sock.sendall(self._secret + at_ns.to_bytes(_INSTANT_BYTES, "big"))
-        self.sock.shutdown(socket.SHUT_WR)
-        if self.sock.recv(len(_KEPT)) != _KEPT:
+        sock = self._sock
+        sock.settimeout(ANSWER_LIMIT_S)
+        sock.sendall(self._secret + at_ns.to_bytes(_INSTANT_BYTES, "big"))
+        sock.shutdown(socket.SHUT_WR)
+        if sock.recv(len(_KEPT)) != _KEPT:
             raise OSError(0, "it has no room for it, or does not want it any more")
 
 

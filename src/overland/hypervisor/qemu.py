@@ -80,6 +80,7 @@ class _Machine:
         self.client = client
         self.monitor = monitor
         self.channel: Channel | None = None
+        self.giver: Giver | None = None
         self.stopped_ns = 0
         self.resumed_ns = 0
         self.changed = asyncio.Condition()
@@ -501,10 +502,14 @@ class QemuHypervisor:
             machine, "migrate-set-capabilities", capabilities=_capabilities(background=True)
         )
         await self._do(machine, "migrate-set-parameters", **_bandwidth(0))
-        giver = await Giver.open(uri)
+        machine.giver = giver = await Giver.open(uri, bytes_per_s)
         try:
-            giver.hand_to(machine.monitor, bytes_per_s)
-            await self._do(machine, "getfd", fdname="checkpoint")
+            into = await giver.relay()
+            try:
+                socket.send_fds(machine.monitor, [b" "], [into])
+                await self._do(machine, "getfd", fdname="checkpoint")
+            finally:
+                os.close(into)
             async with still:
                 if machine.cancels != cancels:
                     raise HypervisorFailure(f"QEMU of {vm}: the checkpoint was given up")
@@ -527,6 +532,7 @@ class QemuHypervisor:
             kept_ns = await giver.whole(machine.stopped_ns)
         finally:
             giver.close()
+            machine.giver = None
         return Checkpoint(
             at_ns=machine.stopped_ns,
             kept_ns=kept_ns,
@@ -596,6 +602,9 @@ class QemuHypervisor:
     async def cancel(self, vm: str) -> None:
         machine = self._machine(vm)
         machine.cancels += 1
+        if await self._mirrors(machine):
+            await self._break_off(machine)
+            return
         try:
             async with asyncio.timeout(CANCEL_LIMIT_S):
                 await self._do(machine, "migrate_cancel")
@@ -610,6 +619,19 @@ class QemuHypervisor:
                 raise HypervisorFailure(f"QEMU of {vm} does not give up its transfer")
             await asyncio.sleep(0.01)
         machine.let_go()
+
+    async def _mirrors(self, machine: _Machine) -> bool:
+        said = await self._do(machine, "query-migrate-capabilities")
+        on = [each["capability"] for each in said if each["state"]]
+        return "background-snapshot" in on
+
+    async def _break_off(self, machine: _Machine) -> None:
+        """A checkpoint is not cancelled (hypervisor/checkpoint.py): what is left is thrown away."""
+        if machine.giver is not None:
+            machine.giver.break_off()
+        if await self._under_way(machine):
+            with contextlib.suppress(HypervisorFailure):
+                await self._wait(machine, "end", lambda: machine.migration in _OVER, STOP_LIMIT_S)
 
     async def _under_way(self, machine: _Machine) -> bool:
         said = await self._do(machine, "query-migrate")

@@ -273,6 +273,17 @@ class Authority:
         begun = (vm.host, vm.version) == (last.new_nve, last.version + 1)
         return last if untouched or (begun and vm.state in ("preparing", "crashed")) else None
 
+    async def no_recovery(self, name: str) -> str | None:
+        """VM `name` needs its checkpoint no more; the host that has one, if there is any."""
+        async with self._lock:
+            point = self.recovery_point(name)
+            if point is None:
+                return None
+            point = msgspec.structs.replace(point, lost=False)
+            await self._write({f"move/{point.id}": point})
+            self.ended_moves[point.id] = point
+        return point.new_nve
+
     async def recover(self, name: str, *, fenced: bool) -> Vm:
         """Give VM `name` to the host of its newest checkpoint, under a new version; Blocked if not.
 

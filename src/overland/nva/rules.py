@@ -328,18 +328,19 @@ def recover_blockers(
 ) -> Iterator[Refused]:
     """Why VM `name` cannot be run from its newest checkpoint, the one of warm move `point`.
 
-    Never while its former copy may run (R-14): its host is dead, or somebody says that it is off.
+    Never while its former copy may run (R-14): it has crashed, its host is dead, or somebody says
+    that it is off.
     """
     vm = cluster.vms.get(name)
     if vm is None:
         yield _unknown("vm", name)
         return
     what, host = f"vm {name}", cluster.hosts.get(vm.host)
-    begun = point is not None and vm.host == point.new_nve
-    if host is not None and host.ready and not begun:
+    gone = vm.state == "crashed" or (point is not None and vm.host == point.new_nve)
+    if host is not None and host.ready and not gone:
         hint = f"`overland vm stop {name}`, or move it"
         yield _no("old_copy_may_run", what, f"host {vm.host} is there, and may run it", hint)
-    elif host is not None and not host.dead and not fenced and not begun:
+    elif host is not None and not host.dead and not fenced and not gone:
         why = f"host {vm.host} is away, but not known to be dead"
         yield _no("old_copy_may_run", what, why, "make sure that it is off, then `--fenced`")
     if vm.move is not None:
@@ -356,7 +357,7 @@ def recover_blockers(
         if refusal.code != "host_drained"
     )
     new = cluster.hosts.get(point.new_nve)
-    if new is not None and not begun:
+    if new is not None and vm.host != point.new_nve:
         yield from _fits(cluster, new, vm)
         yield from _reach(cluster, new, vm.interfaces)
 

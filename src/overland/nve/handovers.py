@@ -446,9 +446,9 @@ class _Performer:
     @contextlib.asynccontextmanager
     async def _nothing_comes(self) -> AsyncIterator[None]:
         """Frames wait at the gate, and the VM has what came before (HO-31)."""
-        for port in self._part.ports:
-            await self._path.hold_port(port.port)
         try:
+            for port in self._part.ports:
+                await self._path.hold_port(port.port)
             await self._drained(CHECKPOINT_DRAIN_S)
             yield
         finally:
@@ -581,12 +581,9 @@ class _Performer:
     async def _CleanUp(self, effect: m.Do) -> m.Done:
         assert isinstance(effect, m.CleanUp)
         if self._part.keep_uri and self._part.role == "new":
-            over = (
-                self._hypervisor.refuse_checkpoints
-                if effect.keep
-                else (self._hypervisor.drop_checkpoint)
-            )
-            await over(self._vm)
+            await self._hypervisor.refuse_checkpoints(self._vm)
+            if not effect.keep:
+                await self._hypervisor.drop_checkpoint(self._vm)
         packets = Packets()
         for port in self._part.ports:
             packets = await self._count(port, packets)

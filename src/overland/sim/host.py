@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from overland.mobility import messages as m
 from overland.mobility import new_nve, old_nve, peer_nve
 from overland.mobility.nve import Part, PartStep
-from overland.model.handover import Transfer
+from overland.model.handover import Checkpoint, Options, Transfer
 
 if TYPE_CHECKING:
     from overland.sim.world import World
@@ -66,6 +66,8 @@ class SimHost:
         self.base_version = 0
         self.unsent: list[m.AnyReport] = []
         self.closed: set[str] = set()
+        self.keeping = False
+        self.checkpoint = False
 
     @property
     def copy(self) -> Copy:
@@ -116,7 +118,10 @@ class SimHost:
             failed = m.Failed(move=order.move, nve=self.name, step="journal", why="disk full")
             self.world.report(self, failed)
             return
-        part = Part(move=order.move, nve=self.name, role=role, vm=vm, ports=order.ports)
+        options = getattr(order, "options", Options())
+        part = Part(
+            move=order.move, nve=self.name, role=role, vm=vm, ports=order.ports, options=options
+        )
         self.part, self.base_version = part, order.version
         self._take(MACHINES[role].begin(part))
 
@@ -136,7 +141,10 @@ class SimHost:
         for effect in effects:
             if isinstance(effect, m.Say):
                 self.world.report(self, effect.report)
-            elif isinstance(effect, m.WatchTransfer | m.AwaitStop | m.AwaitCopy):
+            elif isinstance(effect, m.AwaitInterval):
+                interval_s = self.part.options.interval_s
+                self._later(interval_s, lambda: self.event(m.Done(effect="AwaitInterval")))
+            elif isinstance(effect, m.WatchTransfer | m.AwaitStop | m.AwaitCopy | m.TakeCheckpoint):
                 stage = self.part.stage
                 self._later(0.005, lambda e=effect, s=stage: self._beside(e, s))  # type: ignore[misc]
             else:
@@ -199,7 +207,7 @@ class SimHost:
 
     def crash(self) -> None:
         """SIGKILL of the daemon: what waited in its queues is gone, and counted as such."""
-        self.alive = False
+        self.alive = self.keeping = False
         self.life += 1
         self._void()
         self.part = None
@@ -295,7 +303,28 @@ class SimHost:
         self.sent = 0
         self._ok(effect)
 
+    def _KeepCheckpoints(self, effect: m.Do) -> None:
+        self.keeping, self.checkpoint = True, False
+        self._ok(effect, text="checkpoint:new|1|00")
+
+    def _RefuseCheckpoints(self, effect: m.Do) -> None:
+        self.keeping = False
+        self._ok(effect)
+
+    def _take_checkpoint(self, effect: m.TakeCheckpoint) -> m.NveEvent:
+        new = self.world.hosts[self.world.new]
+        if self.copy != "running" or not new.keeping or self.world.is_cut(self, new):
+            return m.Broken(effect=type(effect).__name__, why="not taken")
+        self.world.mirrored(new)
+        now_ns = int(self.world.now_s * 1e9) + 1
+        taken = Checkpoint(at_ns=now_ns, kept_ns=now_ns, sent_bytes=1, pause_ms=1.0)
+        return m.CheckpointSeen(checkpoint=taken)
+
     def _beside(self, effect: m.Do, stage: str) -> None:
+        if isinstance(effect, m.TakeCheckpoint):
+            if self.part is not None and self.part.stage == stage:
+                self.event(self._take_checkpoint(effect))
+            return
         if not isinstance(effect, m.WatchTransfer):
             name = type(effect).__name__
             if self.copy == ("whole" if isinstance(effect, m.AwaitCopy) else "sent"):
@@ -413,6 +442,9 @@ class SimHost:
         self._ok(effect)
 
     def _CleanUp(self, effect: m.Do) -> None:
+        assert isinstance(effect, m.CleanUp)
+        self.keeping = False
+        self.checkpoint = self.checkpoint and effect.keep
         self._disarm()
         self._ok(effect)
 

@@ -24,15 +24,22 @@ class Failing:
     trace: tuple[str, ...]
 
 
-def plan_of(rng: random.Random) -> Plan:
-    """Up to three faults at any moment of a move; every fourth move has none."""
+def plan_of(rng: random.Random, checkpoints: int = 0) -> Plan:
+    """Up to three faults at any moment of a move; every fourth move has none.
+
+    With `checkpoints` the move is warm.
+    """
     faults = []
     for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 3))):
         kind = rng.choice(KINDS)
         at_s = rng.random() * rng.choice((0.06, 0.06, 0.3, 3.0))
         seconds = rng.choice((0.05, 0.5, 2.0, 6.0)) * (0.5 + rng.random())
         faults.append((at_s, kind, rng.choice(("old", "new", "peer")), seconds))
-    return Plan(faults=tuple(faults), duplicate=rng.choice((0.0, 0.0, 0.05)))
+    return Plan(
+        faults=tuple(faults),
+        duplicate=rng.choice((0.0, 0.0, 0.05)),
+        checkpoints=checkpoints,
+    )
 
 
 def with_full_disk(plan: Plan, rng: random.Random) -> Plan:
@@ -45,20 +52,20 @@ def with_full_disk(plan: Plan, rng: random.Random) -> Plan:
     return replace(plan, faults=(*plan.faults, full))
 
 
-def simulate(seed: int, moves: int, *, trace: bool = False) -> World:
+def simulate(seed: int, moves: int, *, trace: bool = False, checkpoints: int = 0) -> World:
     """Run one seed: `moves` moves of one VM, one after the other. Raises Violation."""
     world = World(random.Random(seed).randrange(2**32), trace=trace)
-    for plan in plans_of(seed, moves):
+    for plan in plans_of(seed, moves, checkpoints):
         world.run(plan)
     return world
 
 
-def plans_of(seed: int, moves: int) -> Iterator[Plan]:
+def plans_of(seed: int, moves: int, checkpoints: int = 0) -> Iterator[Plan]:
     """What happens in each move under `seed`."""
     rng, disks = random.Random(seed), random.Random(f"disks {seed}")
     rng.randrange(2**32)  # the world's own
     for _ in range(moves):
-        yield with_full_disk(plan_of(rng), disks)
+        yield with_full_disk(plan_of(rng, checkpoints), disks)
 
 
 def failing(seed: int, moves: int) -> Failing | None:
@@ -82,11 +89,11 @@ def _explained(seed: int, moves: int, why: str) -> Failing:
     return Failing(seed=seed, move=move, why=why, trace=lines)
 
 
-def first_failing(first: int, last: int, moves: int) -> int | None:
+def first_failing(first: int, last: int, moves: int, checkpoints: int = 0) -> int | None:
     """The first seed from `first` on, before `last`, that does not hold; None when all do."""
     for seed in range(first, last):
         try:
-            simulate(seed, moves)
+            simulate(seed, moves, checkpoints=checkpoints)
         except Violation:
             return seed
     return None

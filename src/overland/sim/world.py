@@ -44,6 +44,7 @@ class Plan:
     faults: tuple[tuple[float, str, str, float], ...] = ()
     frames: int = 12
     duplicate: float = 0.0
+    checkpoints: int = 0
 
     @property
     def lossless(self) -> bool:
@@ -152,7 +153,8 @@ class World:
         """As an operator's wish does it: all hosts are there, and the VM must be free."""
         for name in NAMES:
             self.authority.host_seen(host_record(name))
-        return at_once(self.authority.begin_move(f"m{self._moves}", VM, self.new, Options()))
+        options = Options(checkpoints=self.plan.checkpoints)
+        return at_once(self.authority.begin_move(f"m{self._moves}", VM, self.new, options))
 
     def _load(self) -> None:
         """The NVA starts: it knows what its store has."""
@@ -413,6 +415,12 @@ class World:
         else:
             new.copy = "whole"
 
+    def mirrored(self, new: SimHost) -> None:
+        """A checkpoint is whole on the new host; never once its move has ended (R-11)."""
+        if self.record is None:
+            raise Violation("a checkpoint was taken after the end of its move")
+        new.checkpoint = True
+
     # ------------------------------------------------------------ frames
 
     def _stream(self) -> None:
@@ -507,6 +515,8 @@ class World:
                 raise Violation(f"{host.name} still has a gate, a tunnel or a queue")
             if host.copy != "none" and host is not vm:
                 raise Violation(f"a copy is left on {host.name}: {host.copy}")
+            if host.keeping or (host.checkpoint and not coordinator.recoverable(record)):
+                raise Violation(f"{host.name} still takes or keeps checkpoints")
             if host.table != self.vm_host and host is not vm and host.name != self.old:
                 raise Violation(f"{host.name} sends to {host.table}, the VM is on {self.vm_host}")
         self._settle_tables()
@@ -519,6 +529,7 @@ class World:
         """The agent's next round (nve/agent.py): forwarding as the record says."""
         for host in self.hosts.values():
             host.table = host.known = self.vm_host
+            host.checkpoint = False  # nobody needs it any more: the VM is back
         if self.hosts[self.vm_host].copy != "running":
             self.hosts[self.vm_host].copy = "running"  # its owner starts it anew
             for host in self.hosts.values():

@@ -154,12 +154,23 @@ class VmOrder(Message, frozen=True, kw_only=True, tag=True):
 
     `suspend` saves its state on the host and ends it, `wake` runs it on from there. `take` waits
     for such a state from another host and answers where, `give` sends it there (`uri`). `gauge`
-    measures how fast it writes memory, `recover` runs the newest checkpoint that was taken here.
+    measures how fast it writes memory, `recover` runs the newest checkpoint that was taken
+    here, `forget` drops it.
     """
 
     id: int
     action: Literal[
-        "start", "pause", "resume", "suspend", "wake", "stop", "take", "give", "gauge", "recover"
+        "start",
+        "pause",
+        "resume",
+        "suspend",
+        "wake",
+        "stop",
+        "take",
+        "give",
+        "gauge",
+        "recover",
+        "forget",
     ]
     vm: Vm
     uri: str = ""
