@@ -10,6 +10,7 @@ from overland.model.nve import (
     FLOOD,
     BridgeEntry,
     Fact,
+    InTransit,
     KernelState,
     Link,
     Muted,
@@ -78,6 +79,7 @@ def facts(state: KernelState) -> set[Fact]:
         *state.tunnel_entries,
         *state.neighbours,
         *state.muted,
+        *state.in_transit,
     }
 
 
@@ -93,6 +95,8 @@ def key(fact: Fact) -> object:
             return (bridge, address)
         case Muted(port=port):
             return ("muted", port)
+        case InTransit(port=port, mac=mac):
+            return ("in transit", port, mac)
 
 
 def perform(state: set[Fact], ops: tuple[Op, ...]) -> set[Fact]:

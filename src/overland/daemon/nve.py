@@ -24,12 +24,20 @@ from overland.dataplane.preflight import blockers, kernel_blockers, underlay_mtu
 from overland.dataplane.reach import answers
 from overland.dataplane.tap import TapTable
 from overland.hypervisor.qemu import QemuHypervisor
-from overland.mobility.messages import AnyOrder, AnyReport, PrepareNew, PrepareOld, PreparePeer
+from overland.mobility.messages import (
+    AnyOrder,
+    AnyReport,
+    ColdOrder,
+    PrepareNew,
+    PrepareOld,
+    PreparePeer,
+)
 from overland.model.cluster import Host, Vm
 from overland.model.names import port_name
 from overland.model.nve import NveIntent, VnIntent, changed
 from overland.model.ticket import Seal, Ticket
 from overland.nve.agent import Agent
+from overland.nve.cold import ColdMoves
 from overland.nve.handovers import Handovers
 from overland.nve.journal import PartJournal
 from overland.ports import PortFailure
@@ -67,11 +75,22 @@ class Nve:
             PartJournal(Path(config.run_dir) / "moves"),
             self._opened,
         )
+        self._cold = ColdMoves(
+            config.host,
+            config.underlay_ipv4 or config.underlay_ipv6 or "",
+            self._hypervisor,
+            self._agent,
+            self._say,
+            self._opened,
+        )
         self._host = Host(name=config.host)
         self._vns: dict[str, VnIntent] = {}
         self._known: dict[str, int] = {}
         self._states: dict[str, str] = {}
-        self._turns: asyncio.Queue[w.VnPush | w.VnUpdate | w.VmOrder | AnyOrder] = asyncio.Queue()
+        self._taken: tuple[str, ...] = ()
+        self._turns: asyncio.Queue[w.VnPush | w.VnUpdate | w.VmOrder | AnyOrder | ColdOrder] = (
+            asyncio.Queue()
+        )
         self._tasks: set[asyncio.Task[Any]] = set()
         context = tls.context(
             Path(config.tls.ca), Path(config.tls.certificate), Path(config.tls.key), server=False
@@ -81,6 +100,8 @@ class Nve:
     async def run(self) -> None:
         for name in await self._hypervisor.find():
             self._states[name] = await self._hypervisor.state(name) or "crashed"
+        self._states |= dict.fromkeys(await self._hypervisor.saved(), "suspended")
+        self._taken = tuple(await self._hypervisor.taken())
         for part in self._handovers.parts():
             if part.vm is not None and part.vm.name in self._states:
                 for port in part.ports:
@@ -125,7 +146,7 @@ class Nve:
             host=self._host,
             known=dict(self._known),
             vms=dict(self._states),
-            moves=self._handovers.open_moves(),
+            moves=(*self._handovers.open_moves(), *self._taken),
         )
 
     def _opened(self, seal: Seal | None) -> Ticket | str:
@@ -141,11 +162,8 @@ class Nve:
         match message:
             case w.VnPush() | w.VnUpdate():
                 self._turns.put_nowait(message)
-            case w.MoveOrder(order=(PrepareNew() | PrepareOld() | PreparePeer()) as order):
-                # What it stands on was pushed before: it waits until the kernel has that.
-                self._turns.put_nowait(order)
             case w.MoveOrder(order=order):
-                self._handovers.order(order)
+                self._ordered(order)
             case w.VmOrder():
                 self._turns.put_nowait(message)
             case w.HostQuestion(id=number, address=address):
@@ -159,6 +177,13 @@ class Nve:
                 self._handovers.reconnected()
             case w.Answer():
                 pass
+
+    def _ordered(self, order: AnyOrder | ColdOrder) -> None:
+        """What stands on a push that was sent before waits until the kernel has that (HO-22)."""
+        if isinstance(order, PrepareNew | PrepareOld | PreparePeer | ColdOrder):
+            self._turns.put_nowait(order)
+        else:
+            self._handovers.order(order)
 
     async def _look(self, number: int, address: str) -> None:
         self._link.send(w.HostAnswer(id=number, answers=await answers(address)))
@@ -174,6 +199,9 @@ class Nve:
             push = await self._turns.get()
             if isinstance(push, w.VmOrder):
                 self._later(self._vm_order(push))
+                continue
+            if isinstance(push, ColdOrder):
+                self._cold.order(push)
                 continue
             if not isinstance(push, w.VnPush | w.VnUpdate):
                 self._handovers.order(push)
@@ -240,18 +268,8 @@ class Nve:
         self._link.send(answer)
 
     async def _carried_out(self, order: w.VmOrder) -> w.VmAnswer:
-        name = order.vm.name
-        match order.action:
-            case "take":
-                address = self._config.underlay_ipv4 or self._config.underlay_ipv6 or ""
-                uri = await self._hypervisor.take_state(name, address)
-                return w.VmAnswer(id=order.id, text=uri)
-            case "give":
-                given = await self._hypervisor.give_state(name, order.uri)
-                return w.VmAnswer(id=order.id, given_bytes=given)
-            case action:
-                await self._vm_do(action, order.vm)
-                return w.VmAnswer(id=order.id)
+        await self._vm_do(order.action, order.vm)
+        return w.VmAnswer(id=order.id)
 
     async def _vm_do(self, action: str, vm: Vm) -> None:
         ports = [port_name(vm.name, index) for index in range(len(vm.interfaces))]
@@ -267,7 +285,8 @@ class Nve:
             for port in ports:
                 await self._agent.ready(port)
         await does[action]()
-        states = {"start": "running", "wake": "running", "resume": "running", "pause": "paused"}
+        states = {"start": "running", "wake": "running", "resume": "running"}
+        states |= {"pause": "paused", "suspend": "suspended"}
         if action in states:
             self._states[vm.name] = states[action]
         else:

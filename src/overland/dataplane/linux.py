@@ -24,6 +24,7 @@ from overland.model.names import is_ours
 from overland.model.nve import (
     FLOOD,
     BridgeEntry,
+    InTransit,
     KernelState,
     Link,
     Muted,
@@ -71,6 +72,9 @@ class LinuxKernel:
             tunnel_entries=frozenset(tunnel_entries),
             neighbours=frozenset(await self._neighbours(names, bridges)),
             muted=frozenset(Muted(port=port) for port in self._nft.muted()),
+            in_transit=frozenset(
+                InTransit(port=port, mac=mac) for port, mac in self._nft.in_transit()
+            ),
         )
 
     async def _links(self) -> tuple[list[Link], dict[int, str]]:
@@ -104,6 +108,11 @@ class LinuxKernel:
                     mac = message.get_attr("NDA_LLADDR")
                     found.append(Neighbour(bridge=device, address=address, mac=mac))
         return found
+
+    async def dropped_in_transit(self, bridge: str, mac: str) -> dict[str, int]:
+        links, _ = await self._links()
+        ports = [link.name for link in links if link.master == bridge]
+        return {port: self._nft.take_count(port, mac) for port in ports}
 
     # ------------------------------------------------------------ applying
 
@@ -142,6 +151,8 @@ class LinuxKernel:
                 )
             case Muted(port=port):
                 self._nft.mute(port)
+            case InTransit(port=port, mac=mac):
+                self._nft.drop(port, mac)
 
     async def _remove(self, op: Op) -> None:
         try:
@@ -165,6 +176,8 @@ class LinuxKernel:
                 await self._ip.neigh("del", ifindex=interface_index(bridge), dst=address)
             case Muted(port=port):
                 self._nft.unmute(port)
+            case InTransit(port=port, mac=mac):
+                self._nft.pass_again(port, mac)
 
     async def _fdb(self, verb: str, device: str, mac: str, **more: Any) -> None:
         try:

@@ -1,8 +1,10 @@
-"""The mute of ports: one nftables table of ours, changed by atomic transactions.
+"""What may not enter a bridge: one nftables table of ours, changed by atomic transactions.
 
 A port that is associated but not activated may not be heard: its frames are dropped where they
-enter the bridge. libnftables' JSON interface (libnftables-json(5)) takes a list of commands and
-performs all or none.
+enter the bridge. So are frames to an address that is in transit, which are counted by the port that
+they came in by; the counts outlive the marking, until they are taken.
+
+libnftables' JSON interface (libnftables-json(5)) takes a list of commands and performs all or none.
 """
 
 from __future__ import annotations
@@ -14,12 +16,46 @@ from typing import Any
 from overland.ports import KernelFailure
 
 FAMILY, TABLE, SET = "bridge", "overland", "muted"
+TRANSIT, COUNTED = "in_transit", "dropped_in_transit"
+COUNTED_MAX = 65536
 _OUTPUT_JSON = 1 << 4
 _ID = {"family": FAMILY, "table": TABLE}
+
+_INTO = {
+    "concat": [
+        {"meta": {"key": "iifname"}},
+        {"payload": {"protocol": "ether", "field": "daddr"}},
+    ]
+}
+_IN_TRANSIT: dict[str, Any] = {
+    "rule": {
+        **_ID,
+        "chain": "ingress",
+        "expr": [
+            {"match": {"op": "==", "left": _INTO, "right": f"@{TRANSIT}"}},
+            {
+                "set": {
+                    "op": "update",
+                    "elem": _INTO,
+                    "set": f"@{COUNTED}",
+                    "stmt": [{"counter": None}],
+                }
+            },
+            {"drop": None},
+        ],
+    }
+}
+_PORT_AND_MAC = ["ifname", "ether_addr"]
+_COUNTED = (
+    f"add table {FAMILY} {TABLE}; add set {FAMILY} {TABLE} {COUNTED} "
+    f"{{ type ifname . ether_addr; size {COUNTED_MAX}; flags dynamic; }}"
+)
+"""In nft's own words: its JSON of 1.0.6 (Debian 12) does not know the flag."""
 
 _FRAME: list[dict[str, Any]] = [
     {"add": {"table": {"family": FAMILY, "name": TABLE, "comment": "overland"}}},
     {"add": {"set": {**_ID, "name": SET, "type": "ifname"}}},
+    {"add": {"set": {**_ID, "name": TRANSIT, "type": _PORT_AND_MAC}}},
     {
         "add": {
             "chain": {
@@ -52,6 +88,7 @@ _FRAME: list[dict[str, Any]] = [
             }
         }
     },
+    {"add": _IN_TRANSIT},
 ]
 
 
@@ -72,8 +109,10 @@ class Nftables:
         self._lib.nft_ctx_buffer_error(self._context)
 
     def _run(self, commands: list[dict[str, Any]]) -> dict[str, Any]:
-        text = json.dumps({"nftables": commands}).encode()
-        if self._lib.nft_run_cmd_from_buffer(self._context, text) != 0:
+        return self._run_text(json.dumps({"nftables": commands}))
+
+    def _run_text(self, text: str) -> dict[str, Any]:
+        if self._lib.nft_run_cmd_from_buffer(self._context, text.encode()) != 0:
             said = self._lib.nft_ctx_get_error_buffer(self._context) or b""
             line = said.decode(errors="replace").strip().splitlines()
             raise KernelFailure(f"nftables: {line[0] if line else 'refused'}")
@@ -82,6 +121,7 @@ class Nftables:
 
     def ensure(self) -> None:
         """Make our table, set and rule; what the set holds stays."""
+        self._run_text(_COUNTED)
         self._run(_FRAME)
 
     def muted(self) -> set[str]:
@@ -90,10 +130,38 @@ class Nftables:
             answer = self._run([{"list": {"set": {**_ID, "name": SET}}}])
         except KernelFailure:
             return set()
-        for item in answer.get("nftables", []):
-            if "set" in item:
-                return {str(port) for port in item["set"].get("elem", [])}
-        return set()
+        return {str(port) for port in _elements(answer)}
+
+    def in_transit(self) -> set[tuple[str, str]]:
+        """(Port, MAC) of what is dropped and counted; empty when the table is not there."""
+        try:
+            answer = self._run([{"list": {"set": {**_ID, "name": TRANSIT}}}])
+        except KernelFailure:
+            return set()
+        return {(port, mac) for port, mac in (each["concat"] for each in _elements(answer))}
+
+    def drop(self, port: str, mac: str) -> None:
+        """From now on frames from `port` to `mac` are dropped, and counted from 0."""
+        counted = self._element(COUNTED, port, mac)
+        marked = self._element(TRANSIT, port, mac)
+        self._run([{"add": counted}, {"delete": counted}, {"add": marked}])
+
+    def pass_again(self, port: str, mac: str) -> None:
+        """Content with absence. What was counted stays."""
+        marked = self._element(TRANSIT, port, mac)
+        self._run([{"add": marked}, {"delete": marked}])
+
+    def take_count(self, port: str, mac: str) -> int:
+        """How many frames from `port` to `mac` were dropped; they are not counted again."""
+        answer = self._run([{"list": {"set": {**_ID, "name": COUNTED}}}])
+        for each in (each["elem"] for each in _elements(answer) if "elem" in each):
+            if each["val"]["concat"] == [port, mac]:
+                self._run([{"delete": self._element(COUNTED, port, mac)}])
+                return int(each["counter"]["packets"])
+        return 0
+
+    def _element(self, name: str, port: str, mac: str) -> dict[str, Any]:
+        return {"element": {**_ID, "name": name, "elem": [{"concat": [port, mac]}]}}
 
     def mute(self, port: str) -> None:
         self._run([{"add": {"element": {**_ID, "name": SET, "elem": [port]}}}])
@@ -110,3 +178,9 @@ class Nftables:
 
     def close(self) -> None:
         self._lib.nft_ctx_free(self._context)
+
+
+def _elements(answer: dict[str, Any]) -> list[Any]:
+    """The elements of the one set that was listed."""
+    sets = [item["set"] for item in answer.get("nftables", []) if "set" in item]
+    return list(sets[0].get("elem", [])) if sets else []

@@ -27,7 +27,7 @@ class Taker:
     """Waits for files that others give; each is waited for beside the caller."""
 
     def __init__(self) -> None:
-        self._waiting: set[asyncio.Task[None]] = set()
+        self._waiting: dict[Path, asyncio.Task[None]] = {}
 
     async def take(self, path: Path, address: str) -> str:
         """Wait for one file, and keep it at `path`; the URI to give it to.
@@ -42,10 +42,19 @@ class Taker:
         except OSError as error:
             raise HypervisorFailure(f"cannot take a state at {address}: {error.strerror}") from None
         server.setblocking(False)
-        task = asyncio.create_task(_until_taken(server, path, secret))
-        self._waiting.add(task)
-        task.add_done_callback(self._waiting.discard)
+        self._stop_waiting(path)
+        self._waiting[path] = asyncio.create_task(_until_taken(server, path, secret))
         return f"state:{address}|{server.getsockname()[1]}|{secret.hex()}"
+
+    def give_up(self, path: Path) -> None:
+        """Wait no longer for the file at `path`, and remove it; content with absence."""
+        self._stop_waiting(path)
+        path.unlink(missing_ok=True)
+
+    def _stop_waiting(self, path: Path) -> None:
+        task = self._waiting.pop(path, None)
+        if task is not None:
+            task.cancel()
 
 
 async def _until_taken(server: socket.socket, path: Path, secret: bytes) -> None:

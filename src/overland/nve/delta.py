@@ -13,6 +13,7 @@ from overland.model.nve import (
     FLOOD,
     BridgeEntry,
     Fact,
+    InTransit,
     KernelState,
     Link,
     Muted,
@@ -40,6 +41,7 @@ def _facts(state: KernelState) -> frozenset[Fact]:
         | state.tunnel_entries
         | state.neighbours
         | state.muted
+        | state.in_transit
     )
 
 
@@ -58,6 +60,8 @@ def _slot(fact: Fact) -> Hashable:
             return ("neighbour", bridge, address)
         case Muted(port=port):
             return ("muted", port)
+        case InTransit(port=port, mac=mac):
+            return ("in transit", port, mac)
         case _:
             raise AssertionError(fact)
 
@@ -66,6 +70,8 @@ def _put_order(op: Op) -> tuple[int, int, str]:
     match op.fact:
         case Muted(port=port):
             return (0, 0, port)
+        case InTransit(port=port, mac=mac):
+            return (0, 1, port + mac)
         case Link(kind=kind, name=name):
             return (1, _LINK_ORDER[kind], name)
         case TunnelEntry(device=device, mac=mac):
@@ -90,5 +96,7 @@ def _remove_order(op: Op) -> tuple[int, int, str]:
             return (3, 0, device + mac)
         case Link(kind=kind, name=name):
             return (4, -_LINK_ORDER[kind], name)
+        case InTransit(port=port, mac=mac):
+            return (5, 0, port + mac)
         case _:
             raise AssertionError(op)

@@ -9,6 +9,7 @@ from overland.model.nve import (
     FLOOD,
     BridgeEntry,
     Fact,
+    InTransit,
     KernelState,
     Link,
     Muted,
@@ -29,6 +30,7 @@ def render(intent: NveIntent) -> KernelState:
         tunnel_entries=frozenset(f for f in facts if isinstance(f, TunnelEntry)),
         neighbours=frozenset(f for f in facts if isinstance(f, Neighbour)),
         muted=frozenset(f for f in facts if isinstance(f, Muted)),
+        in_transit=frozenset(f for f in facts if isinstance(f, InTransit)),
     )
 
 
@@ -60,6 +62,17 @@ def _vn(vn: VnIntent) -> Iterator[Fact]:
             yield TunnelEntry(device=vxlan, mac=remote.mac, remote=remote.nve)
             yield BridgeEntry(bridge=bridge, mac=remote.mac, port=vxlan)
             yield from _neighbours(bridge, remote.mac, remote.ipv4, remote.ipv6)
+    yield from _in_transit(vn)
+
+
+def _in_transit(vn: VnIntent) -> Iterator[InTransit]:
+    """At every port of the VN: its tenants' own, and the one by which other NVEs come in."""
+    macs = {tsi.mac for tsi in vn.tsis if tsi.in_transit}
+    macs |= {remote.mac for remote in vn.remotes if remote.in_transit}
+    ports = [vxlan_name(vn.vni), *(port_name(tsi.owner, tsi.index) for tsi in vn.tsis)]
+    for mac in macs:
+        for port in ports:
+            yield InTransit(port=port, mac=mac)
 
 
 def _neighbours(bridge: str, mac: str, ipv4: str | None, ipv6: str | None) -> Iterator[Neighbour]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from overland.mobility.messages import AnyOrder, AnyReport
+from overland.mobility.messages import AnyOrder, AnyReport, ColdOrder
 from overland.model.cluster import Host, Mapping, Vm
 from overland.model.nve import VnChange, VnIntent
 
@@ -61,12 +61,10 @@ class MoveReport(Message, frozen=True, kw_only=True, tag=True):
 
 
 class VmAnswer(Message, frozen=True, kw_only=True, tag=True):
-    """A VmOrder was carried out, or why not. `text`: where to give a state."""
+    """A VmOrder was carried out, or why not."""
 
     id: int
     failure: str | None = None
-    text: str = ""
-    given_bytes: int = 0
 
 
 class HostAnswer(Message, frozen=True, kw_only=True, tag=True):
@@ -136,20 +134,18 @@ class VnUpdate(Message, frozen=True, kw_only=True, tag=True):
 class MoveOrder(Message, frozen=True, kw_only=True, tag=True):
     """A handover order (spec/handover.md)."""
 
-    order: AnyOrder
+    order: AnyOrder | ColdOrder
 
 
 class VmOrder(Message, frozen=True, kw_only=True, tag=True):
     """Do something to a VM; answered by VmAnswer with the same `id`.
 
-    `suspend` saves its state on the host and ends it, `wake` runs it on from there. `take` waits
-    for such a state from another host and answers where, `give` sends it there (`uri`).
+    `suspend` saves its state on the host and ends it, `wake` runs it on from there.
     """
 
     id: int
-    action: Literal["start", "pause", "resume", "suspend", "wake", "stop", "take", "give"]
+    action: Literal["start", "pause", "resume", "suspend", "wake", "stop"]
     vm: Vm
-    uri: str = ""
 
 
 class HostQuestion(Message, frozen=True, kw_only=True, tag=True):
