@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Literal, Protocol
 
-from overland.model.cluster import Record, Vm
+from overland.model.cluster import GUEST_PAUSE, Record, Vm
 from overland.model.handover import MovingPort
 from overland.model.handover import Transfer as Transfer
 from overland.model.nve import KernelState, Op, OpFailure
@@ -217,12 +217,16 @@ class HandoverPath(Protocol):
 
 
 class HypervisorFacts(Record, frozen=True, kw_only=True):
-    """What this host's hypervisor can do. `notice` is one line for the operator, or empty."""
+    """What this host's hypervisor can do. `notice` is one line for the operator, or empty.
+
+    `pauses_by` as in `Host`: what lets a VM pause and move meanwhile (R-32).
+    """
 
     version: str
     accelerator: Literal["kvm", "tcg"]
     machine_types: tuple[str, ...]
     cpu_models: tuple[str, ...]
+    pauses_by: str = GUEST_PAUSE
     notice: str = ""
 
 
@@ -322,7 +326,7 @@ class Hypervisor(Protocol):
         """What `move` has brought goes; content with absence."""
         ...
 
-    async def taken(self) -> list[str]:
+    def taken(self) -> list[str]:
         """The moves whose states were taken here and are nobody's yet."""
         ...
 

@@ -87,7 +87,6 @@ class Nve:
         self._vns: dict[str, VnIntent] = {}
         self._known: dict[str, int] = {}
         self._states: dict[str, str] = {}
-        self._taken: tuple[str, ...] = ()
         self._turns: asyncio.Queue[w.VnPush | w.VnUpdate | w.VmOrder | AnyOrder | ColdOrder] = (
             asyncio.Queue()
         )
@@ -101,7 +100,6 @@ class Nve:
         for name in await self._hypervisor.find():
             self._states[name] = await self._hypervisor.state(name) or "crashed"
         self._states |= dict.fromkeys(await self._hypervisor.saved(), "suspended")
-        self._taken = tuple(await self._hypervisor.taken())
         for part in self._handovers.parts():
             if part.vm is not None and part.vm.name in self._states:
                 for port in part.ports:
@@ -134,6 +132,7 @@ class Nve:
             host,
             accelerator=facts.accelerator,
             hypervisor_version=facts.version,
+            pauses_by=facts.pauses_by,
             machine_types=facts.machine_types,
             cpu_models=facts.cpu_models,
         )
@@ -146,7 +145,7 @@ class Nve:
             host=self._host,
             known=dict(self._known),
             vms=dict(self._states),
-            moves=(*self._handovers.open_moves(), *self._taken),
+            moves=(*self._handovers.open_moves(), *self._hypervisor.taken()),
         )
 
     def _opened(self, seal: Seal | None) -> Ticket | str:

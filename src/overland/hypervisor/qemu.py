@@ -447,9 +447,9 @@ class QemuHypervisor:
             taken.replace(self._saved(vm))
 
     async def drop_taken(self, move: str) -> None:
-        self._taker.give_up(self._run_dir / "taken" / move)
+        await self._taker.give_up(self._run_dir / "taken" / move)
 
-    async def taken(self) -> list[str]:
+    def taken(self) -> list[str]:
         return self._names_in("taken")
 
     def _names_in(self, folder: str) -> list[str]:
