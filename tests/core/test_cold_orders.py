@@ -33,6 +33,7 @@ class FakeHost:
         self.giving = asyncio.Event()
         self.bad_state = False
         self.said: asyncio.Queue[m.AnyReport] = asyncio.Queue()
+        self.seen: dict[str, str | None] = {}
         self.dropped = {"ovt1": 3, PORT.device: 2}
 
     async def ready(self, port: str) -> None:
@@ -89,7 +90,8 @@ class FakeHost:
 
 def moves(host: FakeHost, nve: str = NEW, ticket: Ticket | str = "forged") -> ColdMoves:
     hypervisor = cast("Hypervisor", host)
-    return ColdMoves(nve, "192.0.2.2", hypervisor, host, host.said.put_nowait, lambda _: ticket)
+    said, seen = host.said.put_nowait, host.seen.__setitem__
+    return ColdMoves(nve, "192.0.2.2", hypervisor, host, said, lambda _: ticket, seen)
 
 
 def order(kind: type[m.Cold], vm: Vm = VM, **more: Any) -> Any:
@@ -188,6 +190,7 @@ async def test_a_vm_wakes_no_further_than_it_was(state: str, here: str | None) -
     wake = order(m.WakeUp, vm, version=2, seal=SEAL)
     assert isinstance(await answer(host, moves(host, ticket=ticket()), wake), m.Running)
     assert host.here == here
+    assert host.seen == {"web": state}, "the next Hello says so, else it would count as crashed"
 
 
 async def test_a_copy_that_runs_here_is_not_touched() -> None:

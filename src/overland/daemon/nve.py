@@ -82,6 +82,7 @@ class Nve:
             self._agent,
             self._say,
             self._opened,
+            self._saw,
         )
         self._host = Host(name=config.host)
         self._vns: dict[str, VnIntent] = {}
@@ -286,10 +287,14 @@ class Nve:
         await does[action]()
         states = {"start": "running", "wake": "running", "resume": "running"}
         states |= {"pause": "paused", "suspend": "suspended"}
-        if action in states:
-            self._states[vm.name] = states[action]
+        self._saw(vm.name, states.get(action))
+
+    def _saw(self, vm: str, state: str | None) -> None:
+        """What this host has of a VM now, for the next Hello."""
+        if state is not None:
+            self._states[vm] = state
         else:
-            self._states.pop(vm.name, None)
+            self._states.pop(vm, None)
 
     async def _watch(self) -> None:
         """Tell what the hypervisor itself says of its VMs."""

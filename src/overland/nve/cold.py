@@ -36,7 +36,10 @@ class Ground(Protocol):
 
 
 class ColdMoves:
-    """`address`: where states are taken. `say` and `opened` as in `nve.handovers`."""
+    """`address`: where states are taken. `say` and `opened` as in `nve.handovers`.
+
+    `seen` is told what became of a VM here: its state, None when nothing of it is left.
+    """
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class ColdMoves:
         ground: Ground,
         say: Callable[[m.AnyReport], None],
         opened: Callable[[Seal | None], Ticket | str],
+        seen: Callable[[str, str | None], None],
     ) -> None:
         self._nve = nve
         self._address = address
@@ -53,6 +57,7 @@ class ColdMoves:
         self._ground = ground
         self._say = say
         self._opened = opened
+        self._seen = seen
         self._at_work: dict[str, tuple[m.ColdOrder, asyncio.Task[None]]] = {}
 
     def order(self, order: m.ColdOrder) -> None:
@@ -139,6 +144,7 @@ class ColdMoves:
 
     async def _suspend(self, order: m.Suspend) -> m.Stopped:
         stop_ns = await self._hypervisor.suspend(order.vm.name)
+        self._seen(order.vm.name, "suspended")
         size = await self._hypervisor.saved_bytes(order.vm.name)
         memory = Memory(total_bytes=size, remaining_bytes=size)
         move, nve = order.move, self._nve
@@ -148,18 +154,21 @@ class ColdMoves:
         """Its interfaces are activated: the push that says so came before (HO-22)."""
         try:
             await self._hypervisor.keep_state(order.vm.name, order.move)
+            self._seen(order.vm.name, "suspended")
             at_ns = _now_ns()
             if is_up(order.vm):
                 for port in order.ports:
                     await self._ground.ready(port.port)
                 ports = [port.port for port in order.ports]
                 at_ns = await self._hypervisor.wake(order.vm, ports)
+                self._seen(order.vm.name, order.vm.state)
         except PortFailure as failure:
             return m.Crashed(move=order.move, nve=self._nve, why=str(failure))
         return m.Running(move=order.move, nve=self._nve, at_ns=at_ns, held=0)
 
     async def _drop(self, order: m.WakeUp | m.DropState) -> m.Closed:
         await self._hypervisor.stop(order.vm.name)
+        self._seen(order.vm.name, None)
         return await self._count(order)
 
     async def _return(self, order: m.Return) -> None:
@@ -169,6 +178,7 @@ class ColdMoves:
         here = await self._hypervisor.state(name) or await self._hypervisor.saved_bytes(name)
         if here:  # else it has crashed meanwhile, which has been said
             await self._hypervisor.back_to(order.vm, [port.port for port in order.ports])
+            self._seen(name, order.vm.state)
 
     async def _count(self, order: m.ColdOrder) -> m.Closed:
         """At the old NVE what other NVEs sent came although they had said that they drop."""
