@@ -1,4 +1,4 @@
-"""Cold: a suspended VM beside a bare copy of its state. Warm: pauses and points of recovery."""
+"""Cold: suspended, beside a bare copy of the state, and running. Warm: pauses, recovery points."""
 
 from __future__ import annotations
 
@@ -54,18 +54,19 @@ def copied_ms(source: Path, old: str, new: str) -> float:
 
 
 def moved_ms(api: str, new: str) -> float:
-    """A cold move, from the request to its answer: version and place are changed then."""
+    """A cold move of a suspended VM, from the request to its end."""
     body = json.dumps({"to": new, "mode": "cold"}).encode()
     request = urllib.request.Request(
         f"{api}/v1/vms/web/migrate", body, {"content-type": "application/json"}
     )
     began_s = time.perf_counter()
-    urllib.request.urlopen(request).read()
+    move = json.loads(urllib.request.urlopen(request).read())["id"]
+    urllib.request.urlopen(f"{api}/v1/migrations/{move}/events").read()  # until it has ended
     return 1000 * (time.perf_counter() - began_s)
 
 
 def cold(lab: Lab, moves: int) -> dict[str, Any]:
-    copies, colds, sizes = [], [], []
+    copies, colds, sizes, running = [], [], [], []
     for _ in range(moves):
         old, new = lab.where(), lab.next_host()
         ok("vm", "suspend", "web")
@@ -74,7 +75,9 @@ def cold(lab: Lab, moves: int) -> dict[str, Any]:
         copies.append(copied_ms(state, old, new))
         colds.append(moved_ms(lab.api, new))
         ok("vm", "resume", "web")
-    return {"copies_ms": copies, "cold_ms": colds, "bytes": sizes}
+        to = lab.next_host()
+        running.append(ok("vm", "migrate", "web", "--to", to, "--cold", "-o", "json"))
+    return {"copies_ms": copies, "cold_ms": colds, "bytes": sizes, "running": running}
 
 
 def warm(lab: Lab, moves: int) -> list[dict[str, Any]]:
@@ -98,6 +101,13 @@ def say_cold(found: dict[str, Any]) -> None:
         f"{len(found['cold_ms'])} cold moves of a suspended VM of 128 MiB, "
         f"{statistics.median(found['bytes']) / 2**20:.0f} MiB of state: {moved:.0f} ms (median), "
         f"a bare copy {copy:.0f} ms, ratio {moved / copy:.2f}"
+    )
+    outages = [each["outage_ms"] for each in found["running"]]
+    stops = [each["vm_stop_ms"] for each in found["running"]]
+    print(
+        f"{len(outages)} cold moves of the running VM: outage {statistics.median(outages):.0f} ms "
+        f"(median, {max(outages):.0f} at most), of it the stop {statistics.median(stops):.0f} ms; "
+        f"residual frames {sum(each['packets']['residual'] for each in found['running'])}"
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Literal, Protocol
 
-from overland.model.cluster import Record, Vm
+from overland.model.cluster import GUEST_PAUSE, Record, Vm
 from overland.model.forecast import Gauge
 from overland.model.handover import Checkpoint, MovingPort
 from overland.model.handover import Transfer as Transfer
@@ -53,6 +53,10 @@ class Kernel(Protocol):
 
     async def apply(self, ops: Sequence[Op]) -> list[OpFailure]:
         """Perform `ops` in order; an op that fails does not stop the others."""
+        ...
+
+    async def dropped_in_transit(self, bridge: str, mac: str) -> dict[str, int]:
+        """Frames to `mac` dropped since it was marked, by the port they came from; taken once."""
         ...
 
 
@@ -220,12 +224,16 @@ class HandoverPath(Protocol):
 
 
 class HypervisorFacts(Record, frozen=True, kw_only=True):
-    """What this host's hypervisor can do. `notice` is one line for the operator, or empty."""
+    """What this host's hypervisor can do. `notice` is one line for the operator, or empty.
+
+    `pauses_by` as in `Host`: what lets a VM pause and move meanwhile (R-32).
+    """
 
     version: str
     accelerator: Literal["kvm", "tcg"]
     machine_types: tuple[str, ...]
     cpu_models: tuple[str, ...]
+    pauses_by: str = GUEST_PAUSE
     notice: str = ""
 
 
@@ -324,16 +332,49 @@ class Hypervisor(Protocol):
 
     async def pause(self, vm: str) -> int: ...
 
-    async def suspend(self, vm: str) -> None:
-        """Save the VM's whole state on this host and end its process."""
+    async def suspend(self, vm: str) -> int:
+        """Save the VM's whole state on this host and end its process; content with its being so.
+
+        Returns the STOP event's time (CLOCK_REALTIME ns), 0 when it was suspended already.
+        """
         ...
 
-    async def wake(self, vm: Vm, ports: Sequence[str]) -> None:
-        """Run a suspended VM on from its saved state."""
+    async def wake(self, vm: Vm, ports: Sequence[str]) -> int:
+        """Run a suspended VM on from its saved state (one that was paused stays paused).
+
+        Content with its being so. Returns the instant (CLOCK_REALTIME ns).
+        """
         ...
 
-    async def take_state(self, vm: str, listen: str) -> str:
-        """Wait at underlay address `listen` for a suspended VM's state; the URI to give it to."""
+    async def back_to(self, vm: Vm, ports: Sequence[str]) -> None:
+        """Undo `suspend`, wherever it stands: the VM is as `vm` says again."""
+        ...
+
+    async def saved_bytes(self, vm: str) -> int:
+        """Size of the VM's saved state on this host; 0 when there is none."""
+        ...
+
+    async def saved(self) -> list[str]:
+        """Names of the VMs that have a saved state here, and no process."""
+        ...
+
+    async def take_state(self, move: str, listen: str) -> str:
+        """Wait at underlay address `listen` for the state that `move` brings; the URI to give to.
+
+        It is nobody's until `keep_state`: what was taken for a move is known by its name.
+        """
+        ...
+
+    async def keep_state(self, vm: str, move: str) -> None:
+        """What `move` has brought is the saved state of `vm` here; content with its being so."""
+        ...
+
+    async def drop_taken(self, move: str) -> None:
+        """What `move` has brought goes; content with absence."""
+        ...
+
+    def taken(self) -> list[str]:
+        """The moves whose states were taken here and are nobody's yet."""
         ...
 
     async def give_state(self, vm: str, uri: str) -> int:

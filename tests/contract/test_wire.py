@@ -16,7 +16,7 @@ from overland.config import NvaConfig, Tls
 from overland.daemon.nva import Domain
 from overland.mobility import messages as m
 from overland.model.cluster import Boot, Endpoint, Host, Interface, Network, Vm
-from overland.model.handover import Checkpoints, Handover, Options, PhaseAt
+from overland.model.handover import Checkpoints, Handover, Memory, Options, PhaseAt
 from overland.nva.authority import Blocked
 from overland.ports import StoreFailure
 from overland.wire import messages as w
@@ -389,27 +389,50 @@ async def test_nothing_is_done_to_a_vm_whose_saved_state_is_on_its_way(world: Wo
     web = Vm(name="web", host="h1", state="suspended", interfaces=(face,), version=4)
     await domain.authority._write({"vm/web": web})  # noqa: SLF001 - as it was left
     domain.authority.cluster.vms["web"] = web
-    moving = asyncio.create_task(domain.move_at_rest("web", "h2"))
+    moving = asyncio.create_task(domain.migrate("web", "h2", Options(), cold=True))
     files = await two.hears(w.FilesQuestion)
     two.say(w.FilesAnswer(id=files.id, missing=()))
-    take = await two.hears(w.VmOrder)
-    two.say(w.VmAnswer(id=take.id, text="state:there"))
-    give = await one.hears(w.VmOrder)
-    assert (take.action, give.action, give.uri) == ("take", "give", "state:there")
+    move = await moving
+
+    async def told(nve: Nve) -> m.Order:
+        return (await nve.hears(w.MoveOrder)).order
+
+    def said(nve: Nve, report: m.AnyReport) -> None:
+        nve.say(w.MoveReport(report=report))
+
+    assert isinstance(await told(two), m.Associate)
     for wish in (
         domain.vm_action("web", "resume"),
         domain.delete_vm("web"),
-        domain.move_at_rest("web", "h2"),
+        domain.migrate("web", "h2", Options(), cold=True),
     ):
-        with pytest.raises(Blocked, match="it is moving"):
+        with pytest.raises(Blocked, match=r"moving|moves it"):
             await wish
-    one.say(w.VmAnswer(id=give.id, given_bytes=7))
-    stop = await one.hears(w.VmOrder)
-    assert stop.action == "stop"
-    one.say(w.VmAnswer(id=stop.id))
-    record = domain.authority.move(await moving)
+    said(two, m.Prepared(move=move, nve="h2"))
+    assert isinstance(await told(one), m.Suspend)
+    saved = Memory(total_bytes=7, remaining_bytes=7)
+    said(one, m.Stopped(move=move, nve="h1", held_ns=0, stop_ns=0, memory=saved))
+    assert isinstance(await told(two), m.TakeState)
+    said(two, m.Prepared(move=move, nve="h2", uri="state:there"))
+    give = await told(one)
+    assert isinstance(give, m.GiveState)
+    assert give.uri == "state:there"
+    said(one, m.Received(move=move, nve="h1", at_ns=1))
+    wake = await told(two)
+    assert isinstance(wake, m.WakeUp)
+    assert wake.seal is not None
+    said(two, m.Running(move=move, nve="h2", at_ns=2, held=0))
+    drop = await told(one)
+    assert isinstance(drop, m.DropState)
+    assert drop.seal is not None
+    said(one, m.Closed(move=move, nve="h1"))
+    async for _ in domain.follow(move):
+        pass
+    record = domain.authority.move(move)
     assert record is not None
-    assert (record.memory.sent_bytes, domain.authority.vm("web").host) == (7, "h2")
+    assert (record.memory.sent_bytes, record.outcome) == (7, "moved")
+    web = domain.authority.vm("web")
+    assert (web.host, web.state, web.version, web.move) == ("h2", "suspended", 5, None)
 
 
 @pytest.mark.req("E-02")

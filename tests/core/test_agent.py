@@ -25,6 +25,9 @@ class Memory:
         self.removed += [op.fact for op in ops if op.verb == "remove"]
         return []
 
+    async def dropped_in_transit(self, bridge: str, mac: str) -> dict[str, int]:
+        return {}
+
 
 def vn(name: str, vni: int) -> VnIntent:
     tsi = TsiIntent(

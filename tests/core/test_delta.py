@@ -15,6 +15,7 @@ from overland.model.nve import (
     BridgeEntry,
     Fact,
     HostRoute,
+    InTransit,
     KernelState,
     Link,
     Muted,
@@ -96,6 +97,7 @@ def facts(state: KernelState) -> set[Fact]:
         *state.router_neighbours,
         *state.host_routes,
         *state.muted,
+        *state.in_transit,
     }
 
 
@@ -115,6 +117,8 @@ def key(fact: Fact) -> object:
             return ("route", router, address)
         case Muted(port=port):
             return ("muted", port)
+        case InTransit(port=port, mac=mac):
+            return ("in transit", port, mac)
 
 
 def perform(state: set[Fact], ops: tuple[Op, ...]) -> set[Fact]:

@@ -163,7 +163,7 @@ class FullDisk:
 async def test_a_full_disk_aborts_the_move_and_says_so(phase: str) -> None:
     """The VM is ordered back home although not a word can be written; the end is written late."""
     records = FullDisk()
-    told: list[tuple[str, m.AnyOrder]] = []
+    told: list[tuple[str, m.AnyOrder | m.ColdOrder]] = []
     moves = Handovers(records, lambda nve, order: told.append((nve, order)), lambda _: None)
     record = in_phase(phase)  # type: ignore[arg-type]
     moves.begin(record)

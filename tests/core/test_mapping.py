@@ -14,6 +14,7 @@ from overland.nva.cluster import Cluster
 from overland.nva.mapping import VnView
 from overland.nva.rules import (
     action_refused,
+    cold_blockers,
     interface_blockers,
     move_blockers,
     network_blockers,
@@ -104,6 +105,18 @@ def _domain(vms: dict[int, tuple[str, int]], dead: set[str]) -> Cluster:
     return found
 
 
+@pytest.mark.req("R-32")
+@pytest.mark.parametrize("host", ["h1", "h2"])
+def test_without_a_mechanism_that_pauses_only_cold_moves_are_left(host: str) -> None:
+    """R-32: the capability names the mechanism, the guest's pause by QEMU."""
+    now = cluster()
+    assert now.hosts[host].pauses_by == "guest pause by QEMU"
+    codes = {each.code for each in move_blockers(now, "web", "h2")}
+    now.hosts[host] = msgspec.structs.replace(now.hosts[host], pauses_by="")
+    assert {each.code for each in move_blockers(now, "web", "h2")} - codes == {"cold_only"}
+    assert "cold_only" not in {each.code for each in cold_blockers(now, "web", "h2")}
+
+
 @pytest.mark.req("R-48")
 @pytest.mark.parametrize(
     ("state", "tsi", "mapped"),
@@ -112,6 +125,8 @@ def _domain(vms: dict[int, tuple[str, int]], dead: set[str]) -> Cluster:
         ("running", "activated", True),
         ("paused", "activated", True),
         ("migrating", "activated", True),
+        ("suspending", "activated", True),
+        ("resuming", "activated", True),
         ("suspended", "associated", False),
         ("shutdown", "associated", False),
         ("crashed", "associated", False),
@@ -135,13 +150,16 @@ def test_the_state_of_a_vm_is_the_state_of_its_interfaces(
         ("pause", {"running"}),
         ("resume", {"paused", "suspended"}),
         ("suspend", {"running", "paused"}),
-        ("stop", {"running", "paused", "suspended", "crashed", "preparing"}),
+        (
+            "stop",
+            {"running", "paused", "suspended", "crashed", "preparing", "suspending", "resuming"},
+        ),
     ],
 )
 def test_each_action_has_its_states(action: str, allowed: set[str]) -> None:
     states: tuple[VmState, ...] = (
         *("shutdown", "running", "paused", "suspended", "migrating", "crashed"),
-        *("preparing", "blocked"),
+        *("preparing", "suspending", "resuming", "blocked"),
     )
     found = {state for state in states if action_refused(cluster(state).vms["web"], action) is None}
     assert found == allowed

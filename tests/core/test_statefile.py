@@ -11,6 +11,7 @@ import pytest
 
 from overland.hypervisor.statefile import Taker, give
 from overland.ports import HypervisorFailure
+from tests.core.test_faults import until
 
 
 @pytest.mark.req("R-34")
@@ -59,3 +60,23 @@ async def test_a_taker_that_is_gone_is_a_failure(tmp_path: Path) -> None:
     await give(here, uri)
     with pytest.raises(HypervisorFailure, match="state not"):
         await give(here, uri)
+
+
+async def test_what_is_given_up_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+    """An abort while a state is carried: no file, no part of one, and nobody listens any more."""
+    there = tmp_path / "there" / "m1"
+    taker = Taker()
+    uri = await taker.take(there, "127.0.0.1")
+    _, port, secret = uri.removeprefix("state:").split("|")
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
+    writer.write(bytes.fromhex(secret) + (1 << 20).to_bytes(8, "big") + bytes(5000))
+    await writer.drain()
+    await until(lambda: any(there.parent.iterdir()))  # it is being written now
+    await taker.give_up(there)
+    assert list(there.parent.iterdir()) == []
+    with contextlib.suppress(ConnectionError):
+        assert await reader.read() == b""
+    writer.close()
+    with pytest.raises(ConnectionError):
+        await asyncio.open_connection("127.0.0.1", int(port))
+    await taker.give_up(there)

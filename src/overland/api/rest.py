@@ -41,15 +41,17 @@ class Service(Protocol):
 
     async def delete_vm(self, name: str) -> None: ...
 
-    async def cold_blockers(self, name: str, to: str) -> tuple[Refused, ...]: ...
+    async def change_addresses(
+        self, name: str, network: str, changes: dict[str, str | None]
+    ) -> Vm: ...
 
-    async def move_at_rest(self, name: str, to: str) -> str: ...
+    async def cold_blockers(self, name: str, to: str) -> tuple[Refused, ...]: ...
 
     async def forecast(
         self, name: str, to: str, options: Options
     ) -> tuple[Forecast | None, tuple[Refused, ...]]: ...
 
-    async def migrate(self, name: str, to: str, options: Options) -> str: ...
+    async def migrate(self, name: str, to: str, options: Options, *, cold: bool = False) -> str: ...
 
     async def recover(self, name: str, *, fenced: bool) -> dict[str, Any]: ...
 
@@ -72,6 +74,13 @@ class VmWish(Record, frozen=True, kw_only=True):
     vcpus: int = 1
     boot: Boot = Boot()
     dry_run: bool = False
+
+
+class AddressWish(Record, frozen=True, kw_only=True):
+    """Body of PATCH /v1/vms/NAME/interfaces/NETWORK. What is left out stays, null takes away."""
+
+    ipv4: str | msgspec.UnsetType | None = msgspec.UNSET
+    ipv6: str | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class MigrateWish(Record, frozen=True, kw_only=True):
@@ -242,6 +251,11 @@ def _machines(app: FastAPI, service: Service) -> None:
             raise Blocked([Refused(code="unknown_action", what=f"vm {name}", why=why)])
         return _json(await service.vm_action(name, action))
 
+    @app.patch("/v1/vms/{name}/interfaces/{network}")
+    async def change_addresses(name: str, network: str, request: Request) -> JSONResponse:
+        wish = msgspec.to_builtins(await _body(request, AddressWish))
+        return _json(await service.change_addresses(name, network, wish))
+
     @app.delete("/v1/vms/{name}", status_code=204)
     async def delete_vm(name: str) -> Response:
         await service.delete_vm(name)
@@ -256,10 +270,7 @@ async def _migrate(service: Service, name: str, wish: MigrateWish) -> JSONRespon
     many = (wish.options.checkpoints or CHECKPOINTS) if wish.mode == "warm" else 0
     options = msgspec.structs.replace(wish.options, checkpoints=many)
     if not wish.dry_run:
-        move = (
-            service.move_at_rest(name, wish.to) if cold else service.migrate(name, wish.to, options)
-        )
-        return _json({"id": await move}, 202)
+        return _json({"id": await service.migrate(name, wish.to, options, cold=cold)}, 202)
     forecast: Forecast | None = None
     if cold:
         blockers = await service.cold_blockers(name, wish.to)

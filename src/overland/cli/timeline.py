@@ -13,28 +13,39 @@ def _at_ms(text: str) -> float:
     return datetime.fromisoformat(text).timestamp() * 1000
 
 
-def timeline(receipt: dict[str, Any]) -> str:
-    """Return an SVG of `receipt` (of a move that has ended as moved); ValueError otherwise."""
-    if receipt["outcome"] != "moved":
-        raise ValueError("only a move that reached its new host has a timeline")
-    at = {each["phase"]: _at_ms(each["at"]) for each in receipt["phases"]}
-    begin_ms = at["planned"]
-    point = {phase: moment - begin_ms for phase, moment in at.items()}
+def _vm_lane(receipt: dict[str, Any], point: dict[str, float]) -> tuple[str, list[Bar]]:
     resume = point["running"]
     stop = resume - receipt["vm_stop_ms"]
-    held = stop - (receipt["held_before_stop_ms"] or 0.0)
-    end = point["closed"]
-    commit = point["committed"]
-    redirected = commit + receipt["last_redirected_after_commit_ms"]
-    lanes: list[tuple[str, list[Bar]]] = [
+    return (
+        "VM",
+        [
+            (0, stop, "#4c9f70", f"runs on {receipt['old_nve']}"),
+            (stop, resume, "#c8553d", "stopped"),
+            (resume, point["closed"], "#2a6f97", f"runs on {receipt['new_nve']}"),
+        ],
+    )
+
+
+def _cold_lanes(receipt: dict[str, Any], point: dict[str, float]) -> list[tuple[str, list[Bar]]]:
+    commit, end = point["committed"], point["closed"]
+    saved = (point["paused"], point["equal"], "#8d99ae", "saved, carried")
+    return [
+        _vm_lane(receipt, point),
+        ("memory", [saved, (commit, point["running"], "#8d99ae", "loaded")]),
         (
-            "VM",
-            [
-                (0, stop, "#4c9f70", f"runs on {receipt['old_nve']}"),
-                (stop, resume, "#c8553d", "stopped"),
-                (resume, end, "#2a6f97", f"runs on {receipt['new_nve']}"),
-            ],
+            "address",
+            [(point["staged"], point["drained"], "#e9a23b", "in transit, counted")],
         ),
+        ("mapping", [(0, commit, "#4c9f70", "old"), (commit, end, "#2a6f97", "new")]),
+    ]
+
+
+def _lanes(receipt: dict[str, Any], point: dict[str, float]) -> list[tuple[str, list[Bar]]]:
+    commit, resume, end = point["committed"], point["running"], point["closed"]
+    held = resume - receipt["vm_stop_ms"] - (receipt["held_before_stop_ms"] or 0.0)
+    redirected = commit + receipt["last_redirected_after_commit_ms"]
+    return [
+        _vm_lane(receipt, point),
         (
             "memory",
             [
@@ -47,6 +58,19 @@ def timeline(receipt: dict[str, Any]) -> str:
         ("new gate", [(held, resume, "#e9a23b", "holds")]),
         ("mapping", [(0, commit, "#4c9f70", "old"), (commit, end, "#2a6f97", "new")]),
     ]
+
+
+def timeline(receipt: dict[str, Any]) -> str:
+    """Return an SVG of `receipt` (of a move that has ended as moved); ValueError otherwise."""
+    if receipt["outcome"] != "moved":
+        raise ValueError("only a move that reached its new host has a timeline")
+    if receipt["vm_stop_ms"] is None:
+        raise ValueError("the VM was at rest: there is nothing to draw")
+    at = {each["phase"]: _at_ms(each["at"]) for each in receipt["phases"]}
+    begin_ms = at["planned"]
+    point = {phase: moment - begin_ms for phase, moment in at.items()}
+    lanes = _cold_lanes(receipt, point) if receipt["mode"] == "cold" else _lanes(receipt, point)
+    end, commit = point["closed"], point["committed"]
     scale = (WIDTH - LEFT - 20) / end
     height = TOP + LANE * len(lanes) + 40
     out = [

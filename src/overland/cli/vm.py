@@ -113,6 +113,28 @@ for _verb, _meaning in (
     _action(_verb, _meaning)
 
 
+interface = typer.Typer(no_args_is_help=True, help="Interfaces of a VM.")
+vm.add_typer(interface, name="interface")
+
+
+@interface.command("change")
+def interface_change(
+    name: str,
+    network: Annotated[str, typer.Option(help="which interface: the one in this network")],
+    ipv4: Annotated[str | None, typer.Option(help="other address; `none` takes it away")] = None,
+    ipv6: Annotated[str | None, typer.Option(help="other address; `none` takes it away")] = None,
+    api: Api = None,
+    output: Output = Format.table,
+) -> None:
+    """Add, change or remove the addresses of a VM's interface, while it runs.
+
+    The guest is not told: it sets its own addresses.
+    """
+    given = {"ipv4": ipv4, "ipv6": ipv6}
+    wish = {key: None if value == "none" else value for key, value in given.items() if value}
+    show(Client(api).call("PATCH", f"/v1/vms/{name}/interfaces/{network}", wish), output)
+
+
 @vm.command("delete")
 def vm_delete(name: str, api: Api = None, output: Output = Format.table) -> None:
     """Stop and remove a VM."""
@@ -149,7 +171,8 @@ def migrate(
     ),
     checkpoints: Annotated[int, typer.Option(min=1, help="of a warm move, how many")] = 3,
     cold: Annotated[
-        bool, typer.Option("--cold", help="the VM is at rest: shut down, crashed or suspended")
+        bool,
+        typer.Option("--cold", help="stop it, carry its state, wake it there; or at rest"),
     ] = False,
     max_downtime: Annotated[str, typer.Option(help="longest stop to accept")] = "300ms",
     bandwidth: Annotated[str | None, typer.Option(help="bytes a second, such as 1GiB")] = None,

@@ -24,7 +24,7 @@ from overland.api.standby import standing_by
 from overland.config import NvaConfig
 from overland.daemon import run_first
 from overland.dataplane.namespace import inside
-from overland.mobility import coordinator
+from overland.mobility import saga
 from overland.mobility.coordinator import recoverable
 from overland.mobility.forecast import forecast, seen_before
 from overland.mobility.messages import (
@@ -33,10 +33,13 @@ from overland.mobility.messages import (
     AnyReport,
     Close,
     Closed,
+    ColdOrder,
+    DropState,
     Failed,
     Progress,
     Restored,
     Retire,
+    WakeUp,
 )
 from overland.model.cluster import Mapping, Refused, Vm
 from overland.model.forecast import Forecast
@@ -45,7 +48,8 @@ from overland.model.receipt import receipt, timestamp
 from overland.model.ticket import ticket_of
 from overland.nva import rules
 from overland.nva.authority import Authority, Blocked
-from overland.nva.handovers import RETRY_S, Handovers, last_orders
+from overland.nva.cluster import AT_REST
+from overland.nva.handovers import RETRY_S, Handovers, last_order_cold, last_orders
 from overland.nva.leadership import Leader, Leadership
 from overland.nva.liveness import Liveness
 from overland.nva.mapping import VnView
@@ -58,6 +62,7 @@ from overland.wire import tls
 from overland.wire.seal import Sealer
 from overland.wire.server import WireServer
 
+_STATE_MEANWHILE = {"start": "preparing", "wake": "resuming", "suspend": "suspending"}
 _STATE_AFTER = {
     "start": "running",
     "resume": "running",
@@ -67,13 +72,13 @@ _STATE_AFTER = {
     "stop": "shutdown",
 }
 VM_ORDER_LIMIT_S = 60.0
+ASSOCIATE_LIMIT_S = 10.0
 REPAIR_LIMIT_S = 3.0
 RECOVER_LIMIT_S = 15.0
 NEGATIVE_100MS = 20
 MEMBERS_DELAY_S = 0.1
 ANSWER_LIMIT_S = 3.0
 GAUGE_LIMIT_S = 4.0
-STATE_LIMIT_S = 600.0
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +98,7 @@ class Domain:
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._liveness = Liveness(self._others, self._ask, self._found)
-        self._carried: set[str] = set()
+        self._acks = asyncio.Condition()
         self._leases: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._move_events: dict[str, asyncio.Condition] = {}
@@ -244,13 +249,16 @@ class Domain:
         """An NVE still has a part in a move that has ended: tell it how (HO-21)."""
         record = self.authority.move(move_id)
         if self.handovers.record(move_id) is None and record is not None:
-            for order in last_orders(record, host):
+            orders = last_orders(record, host) if record.mode != "cold" else ()
+            for order in orders or (last_order_cold(record),):
                 self._tell(host, order)
 
     def _ended_report(self, host: str, report: AnyReport) -> None:
         """A straggler has come to where it may close."""
         record = self.authority.move(report.move)
-        if record is None or isinstance(report, Closed | Failed | Progress):
+        if record is None or record.mode == "cold":
+            return
+        if isinstance(report, Closed | Failed | Progress):
             return
         self._tell(host, Close(move=report.move))
         vm = self.authority.cluster.vms.get(record.vm.name)
@@ -269,7 +277,7 @@ class Domain:
         for vm in self.authority.cluster.vms.values():
             if vm.move is not None:
                 continue
-            if vm.host == host and vm.state in ("running", "paused"):
+            if vm.host == host and vm.state not in AT_REST:
                 state = copies.get(vm.name, "crashed")
                 self._later(self._note_state(vm.name, state, "seen at connection"))
             elif vm.host != host and vm.name in copies:
@@ -446,9 +454,11 @@ class Domain:
             self._pushes.acknowledged(host, ack.network, ack.revision)
             for vm, version in ack.versions.items():
                 self.handovers.acknowledged(host, vm, version)
+            self._later(_notify(self._acks))
+            self.handovers.in_kernel(host, lambda network: self._pushes.in_kernel(host, network))
 
-    def _tell(self, nve: str, order: AnyOrder) -> None:
-        if isinstance(order, Activate | Retire):
+    def _tell(self, nve: str, order: AnyOrder | ColdOrder) -> None:
+        if isinstance(order, Activate | Retire | WakeUp | DropState):
             record = self.handovers.record(order.move) or self.authority.move(order.move)
             assert record is not None and self._sealer is not None  # noqa: PT018 - not a test
             ticket = ticket_of(record, order.version, time.time_ns())
@@ -459,13 +469,13 @@ class Domain:
     # ------------------------------------------------------------ VMs
 
     async def _order(
-        self, action: str, vm: Vm, host: str = "", uri: str = "", limit_s: float = VM_ORDER_LIMIT_S
+        self, action: str, vm: Vm, host: str = "", limit_s: float = VM_ORDER_LIMIT_S
     ) -> w.VmAnswer:
         """Have the VM's host, or `host`, do it; Blocked when it is away, fails or is silent."""
         host = host or vm.host
         if host not in self._wire.hosts():
             raise Blocked([_refused("host_not_ready", f"host {host}", "its NVE is away")])
-        wish = {"id": next(self._numbers), "action": action, "vm": vm, "uri": uri}
+        wish = {"id": next(self._numbers), "action": action, "vm": vm}
         answer: w.VmAnswer | None = await self._asks(
             host, msgspec.convert(wish, w.VmOrder), limit_s
         )
@@ -480,6 +490,7 @@ class Domain:
         """Record it, start it; nothing stays when it cannot start."""
         vm = await self.authority.create_vm(wish)
         try:
+            await self._associated(vm)
             await self._order("start", vm)
         except Blocked:
             await self.authority.delete_vm(vm.name)
@@ -497,10 +508,11 @@ class Domain:
             action = "wake"
         if action == "start":
             await self._forget_checkpoint(name)
-        if action in ("start", "wake"):
-            # Its interfaces are in place before it runs (requirements.md 3.3).
-            await self.authority.vm_state(name, "preparing")
+        if action in _STATE_MEANWHILE:
+            await self.authority.vm_state(name, _STATE_MEANWHILE[action])
         try:
+            if action in ("start", "wake"):
+                await self._associated(vm)
             await self._order(action, vm)
         except Blocked:
             await self.authority.vm_state(name, vm.state, vm.reason)
@@ -508,14 +520,37 @@ class Domain:
         await self.authority.vm_state(name, _STATE_AFTER[action])
         return self.authority.vm(name)
 
+    async def change_addresses(self, name: str, network: str, changes: dict[str, str | None]) -> Vm:
+        """Other addresses for a VM's interface; returns when its own NVE has them."""
+        vm = await self.authority.change_addresses(name, network, changes)
+        if vm.host in self._wire.hosts():
+            await self._associated(vm)
+        return vm
+
+    async def _associated(self, vm: Vm) -> None:
+        """Return when the VM's own NVE has its interfaces in the kernel, and says so.
+
+        A VM does not run before (requirements.md 3.3): Blocked when that does not come true.
+        """
+        networks = {each.network for each in vm.interfaces}
+
+        def there() -> bool:
+            views = [self._pushes.in_kernel(vm.host, network) for network in networks]
+            return all(v is not None and v.versions.get(vm.name) == vm.version for v in views)
+
+        try:
+            async with asyncio.timeout(ASSOCIATE_LIMIT_S), self._acks:
+                await self._acks.wait_for(there)
+        except TimeoutError:
+            why = f"its interfaces were not associated within {ASSOCIATE_LIMIT_S:g} s"
+            raise Blocked([_refused("failed", f"vm {vm.name}", why)]) from None
+
     def _stop_if_moving(self, vm: Vm) -> None:
-        if vm.move is not None or vm.name in self._carried:
+        if vm.move is not None:
             raise Blocked([_refused("move_in_progress", f"vm {vm.name}", "it is moving")])
 
     async def delete_vm(self, name: str) -> None:
         vm = self.authority.vm(name)
-        if name in self._carried:
-            self._stop_if_moving(vm)
         if vm.move is None and vm.host in self._wire.hosts():
             await self._order("stop", vm)
         await self._forget_checkpoint(name)
@@ -524,7 +559,7 @@ class Domain:
     # ------------------------------------------------------------ moves
 
     async def cold_blockers(self, name: str, to: str) -> tuple[Refused, ...]:
-        """What stands against moving a VM at rest; its files are looked for on the new host."""
+        """What stands against moving a VM cold; its files are looked for on the new host."""
         found = self.authority.move_blockers(name, to, cold=True)
         vm = self.authority.cluster.vms.get(name)
         if found or vm is None:
@@ -537,33 +572,6 @@ class Domain:
             _refused("file_missing", f"host {to}", f"{path} cannot be read there")
             for path in missing
         )
-
-    async def move_at_rest(self, name: str, to: str) -> str:
-        """Move a VM that is shut down, crashed or suspended; the id of the move, which has ended.
-
-        A saved state is whole on the new host's disk before the record changes, and is dropped on
-        the old one after. What a failure between leaves is a file that no record points to.
-        """
-        vm = self.authority.vm(name)
-        self._stop_if_moving(vm)
-        self._carried.add(name)  # else it could be woken, and sleep again with a newer state
-        try:
-            blockers = await self.cold_blockers(name, to)
-            if blockers:
-                raise Blocked(blockers)
-            given = await self._carry_state(vm, to) if vm.state == "suspended" else 0
-            record = await self.authority.move_at_rest(uuid.uuid4().hex[:12], name, to, given)
-            if given:
-                with contextlib.suppress(Blocked):
-                    await self._order("stop", vm)  # its state is of no use there any more
-        finally:
-            self._carried.discard(name)
-        return record.id
-
-    async def _carry_state(self, vm: Vm, to: str) -> int:
-        """Bytes of the saved state that is now on host `to` as well."""
-        uri = (await self._order("take", vm, to)).text
-        return (await self._order("give", vm, uri=uri, limit_s=STATE_LIMIT_S)).given_bytes
 
     async def forecast(
         self, name: str, to: str, options: Options
@@ -587,14 +595,17 @@ class Domain:
         found = forecast(gauge, options, measured_bytes_per_s=measured, filled=filled)
         return found, tuple(rules.forecast_blockers(name, found, options))
 
-    async def migrate(self, name: str, to: str, options: Options) -> str:
+    async def migrate(self, name: str, to: str, options: Options, *, cold: bool = False) -> str:
         expected: Forecast | None = None
-        if not self._emulated(name):
+        blockers: tuple[Refused, ...] = ()
+        if cold:
+            blockers = await self.cold_blockers(name, to)
+        elif not self._emulated(name):
             expected, blockers = await self.forecast(name, to, options)
-            if blockers:
-                raise Blocked(blockers)
+        if blockers:
+            raise Blocked(blockers)
         move_id = uuid.uuid4().hex[:12]
-        record = await self.authority.begin_move(move_id, name, to, options, expected)
+        record = await self.authority.begin_move(move_id, name, to, options, expected, cold=cold)
         self.handovers.begin(record)
         return record.id
 
@@ -641,7 +652,7 @@ class Domain:
         assert record is not None
         if record.phase in ENDED:
             return {"id": move_id, "vm": record.vm.name, "did": f"nothing: {record.outcome}"}
-        involved = coordinator.involved(record)
+        involved = saga.involved(record)
         away = sorted(set(involved) - self._wire.hosts())
         for host in involved:
             self.handovers.back(host)

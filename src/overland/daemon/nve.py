@@ -25,12 +25,20 @@ from overland.dataplane.reach import answers
 from overland.dataplane.router import Routers
 from overland.dataplane.tap import TapTable
 from overland.hypervisor.qemu import QemuHypervisor
-from overland.mobility.messages import AnyOrder, AnyReport, PrepareNew, PrepareOld, PreparePeer
+from overland.mobility.messages import (
+    AnyOrder,
+    AnyReport,
+    ColdOrder,
+    PrepareNew,
+    PrepareOld,
+    PreparePeer,
+)
 from overland.model.cluster import Host, Vm
 from overland.model.names import port_name
 from overland.model.nve import NveIntent, VnIntent, changed
 from overland.model.ticket import Seal, Ticket
 from overland.nve.agent import Agent
+from overland.nve.cold import ColdMoves
 from overland.nve.handovers import Handovers
 from overland.nve.journal import PartJournal
 from overland.nve.revisions import Revisions
@@ -42,7 +50,7 @@ from overland.wire.seal import Forged, opened
 
 log = logging.getLogger(__name__)
 
-_Turn = w.VnPush | w.VnUpdate | w.Complete | w.VmOrder | AnyOrder
+_Turn = w.VnPush | w.VnUpdate | w.Complete | w.VmOrder | AnyOrder | ColdOrder
 
 
 class Nve:
@@ -72,6 +80,15 @@ class Nve:
             PartJournal(Path(config.run_dir) / "moves"),
             self._opened,
         )
+        self._cold = ColdMoves(
+            config.host,
+            config.underlay_ipv4 or config.underlay_ipv6 or "",
+            self._hypervisor,
+            self._agent,
+            self._say,
+            self._opened,
+            self._saw,
+        )
         self._host = Host(name=config.host)
         self._vns: dict[str, VnIntent] = {}
         self._revisions = Revisions()
@@ -86,6 +103,7 @@ class Nve:
     async def run(self) -> None:
         for name in await self._hypervisor.find():
             self._states[name] = await self._hypervisor.state(name) or "crashed"
+        self._states |= dict.fromkeys(await self._hypervisor.saved(), "suspended")
         for part in self._handovers.parts():
             if part.vm is not None and part.vm.name in self._states:
                 for port in part.ports:
@@ -119,6 +137,7 @@ class Nve:
             host,
             accelerator=facts.accelerator,
             hypervisor_version=facts.version,
+            pauses_by=facts.pauses_by,
             machine_types=facts.machine_types,
             cpu_models=facts.cpu_models,
         )
@@ -131,7 +150,7 @@ class Nve:
             host=self._host,
             known=dict(self._revisions.known),
             vms=dict(self._states),
-            moves=self._handovers.open_moves(),
+            moves=(*self._handovers.open_moves(), *self._hypervisor.taken()),
         )
 
     def _opened(self, seal: Seal | None) -> Ticket | str:
@@ -147,11 +166,8 @@ class Nve:
         match message:
             case w.VnPush() | w.VnUpdate() | w.Complete():
                 self._turns.put_nowait(message)
-            case w.MoveOrder(order=(PrepareNew() | PrepareOld() | PreparePeer()) as order):
-                # What it stands on was pushed before: it waits until the kernel has that.
-                self._turns.put_nowait(order)
             case w.MoveOrder(order=order):
-                self._handovers.order(order)
+                self._ordered(order)
             case w.VmOrder():
                 self._turns.put_nowait(message)
             case w.HostQuestion(id=number, address=address):
@@ -166,6 +182,13 @@ class Nve:
                 self._handovers.reconnected()
             case w.Answer():
                 pass
+
+    def _ordered(self, order: AnyOrder | ColdOrder) -> None:
+        """What stands on a push that was sent before waits until the kernel has that (HO-22)."""
+        if isinstance(order, PrepareNew | PrepareOld | PreparePeer | ColdOrder):
+            self._turns.put_nowait(order)
+        else:
+            self._handovers.order(order)
 
     async def _look(self, number: int, address: str) -> None:
         self._link.send(w.HostAnswer(id=number, answers=await answers(address)))
@@ -184,6 +207,9 @@ class Nve:
                 continue
             if isinstance(push, w.Complete):
                 self._agent.complete()
+                continue
+            if isinstance(push, ColdOrder):
+                self._cold.order(push)
                 continue
             if not isinstance(push, w.VnPush | w.VnUpdate):
                 self._handovers.order(push)
@@ -251,13 +277,6 @@ class Nve:
     async def _carried_out(self, order: w.VmOrder) -> w.VmAnswer:
         name = order.vm.name
         match order.action:
-            case "take":
-                address = self._config.underlay_ipv4 or self._config.underlay_ipv6 or ""
-                uri = await self._hypervisor.take_state(name, address)
-                return w.VmAnswer(id=order.id, text=uri)
-            case "give":
-                given = await self._hypervisor.give_state(name, order.uri)
-                return w.VmAnswer(id=order.id, given_bytes=given)
             case "gauge":
                 return w.VmAnswer(id=order.id, gauge=await self._hypervisor.gauge(name))
             case "forget":
@@ -293,11 +312,16 @@ class Nve:
             for port in ports:
                 await self._agent.ready(port)
         await does[action]()
-        states = {"start": "running", "wake": "running", "resume": "running", "pause": "paused"}
-        if action in states:
-            self._states[vm.name] = states[action]
+        states = {"start": "running", "wake": "running", "resume": "running"}
+        states |= {"pause": "paused", "suspend": "suspended"}
+        self._saw(vm.name, states.get(action))
+
+    def _saw(self, vm: str, state: str | None) -> None:
+        """What this host has of a VM now, for the next Hello."""
+        if state is not None:
+            self._states[vm] = state
         else:
-            self._states.pop(vm.name, None)
+            self._states.pop(vm, None)
 
     async def _watch(self) -> None:
         """Tell what the hypervisor itself says of its VMs."""

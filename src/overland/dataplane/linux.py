@@ -27,6 +27,7 @@ from overland.model.nve import (
     FLOOD,
     BridgeEntry,
     HostRoute,
+    InTransit,
     KernelState,
     Link,
     Muted,
@@ -84,6 +85,9 @@ class LinuxKernel:
             router_neighbours=frozenset(e for e in routed if isinstance(e, RouterNeighbour)),
             host_routes=frozenset(e for e in routed if isinstance(e, HostRoute)),
             muted=frozenset(Muted(port=port) for port in self._nft.muted()),
+            in_transit=frozenset(
+                InTransit(port=port, mac=mac) for port, mac in self._nft.in_transit()
+            ),
         )
 
     async def _links(self, routed: set[str]) -> tuple[list[Link], dict[int, str]]:
@@ -117,6 +121,11 @@ class LinuxKernel:
                     mac = message.get_attr("NDA_LLADDR")
                     found.append(Neighbour(bridge=device, address=address, mac=mac))
         return found
+
+    async def dropped_in_transit(self, bridge: str, mac: str) -> dict[str, int]:
+        links, _ = await self._links(set())
+        ports = [link.name for link in links if link.master == bridge]
+        return {port: self._nft.take_count(port, mac) for port in ports}
 
     # ------------------------------------------------------------ applying
 
@@ -160,6 +169,8 @@ class LinuxKernel:
                 )
             case Muted(port=port):
                 self._nft.mute(port)
+            case InTransit(port=port, mac=mac):
+                self._nft.drop(port, mac)
             case _:
                 raise AssertionError(op)
 
@@ -188,6 +199,8 @@ class LinuxKernel:
                 await self._ip.neigh("del", ifindex=interface_index(bridge), dst=address)
             case Muted(port=port):
                 self._nft.unmute(port)
+            case InTransit(port=port, mac=mac):
+                self._nft.pass_again(port, mac)
             case _:
                 raise AssertionError(op)
 

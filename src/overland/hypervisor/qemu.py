@@ -46,6 +46,9 @@ GAUGE_S = 1
 GAUGE_LIMIT_S = 2.5
 _DONE = ("completed", "failed")
 _OVER = (*_DONE, "cancelled")
+_SAVING = ".saving-"
+"""Before the name of a state that is not whole yet."""
+
 UNLIMITED_BYTES_PER_S = 1 << 40
 UNLIMITED_DOWNTIME_MS = 2_000_000
 PRECOPY_DOWNTIME_MS = 1
@@ -157,7 +160,12 @@ class QemuHypervisor:
         return sorted(self._machines)
 
     async def find(self) -> list[str]:
-        """After a restart: connect to every VM of ours that still runs."""
+        """After a restart: connect to every VM of ours that still runs.
+
+        What a former daemon was taking when it ended is not whole, and goes.
+        """
+        for part in (self._run_dir / "taken").glob(".*"):
+            part.unlink(missing_ok=True)
         for folder in sorted(self._run_dir.glob("*/pid")):
             name = folder.parent.name
             pid = _our_process(folder, name)
@@ -363,42 +371,64 @@ class QemuHypervisor:
             return machine.resumed_ns or time.time_ns()
         return machine.resumed_ns
 
-    async def suspend(self, vm: str) -> None:
+    async def suspend(self, vm: str) -> int:
+        if vm not in self._machines and self._saved(vm).exists():
+            return 0
         machine = self._machine(vm)
-        saved = self._saved(vm)
-        try:
-            saved.parent.mkdir(exist_ok=True)
-        except OSError as error:
-            raise HypervisorFailure(f"{saved.parent}: {error.strerror}") from None
-        await self.pause(vm)
-        machine.migration = ""
-        await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
-        await self._do(machine, "migrate-set-parameters", **_bandwidth(0))
-        await self._do(machine, "migrate", uri=f"exec:cat > {shlex.quote(str(saved))}")
+        if machine.migration not in ("setup", "active") and await self.state(vm) != "sent":
+            await self._begin_saving(machine)
         await self._wait(machine, "saved state", lambda: machine.migration in _DONE, SAVE_LIMIT_S)
+        saving = self._saved(vm, _SAVING)
         if machine.migration == "failed":
-            saved.unlink(missing_ok=True)
+            saving.unlink(missing_ok=True)
             await self.resume(vm)
             raise HypervisorFailure(f"QEMU of {vm}: its state could not be saved (disk full?)")
+        if saving.exists():
+            saving.replace(self._saved(vm))
         await self._end(vm)
+        return machine.stopped_ns
 
-    async def wake(self, vm: Vm, ports: Sequence[str]) -> None:
-        saved = self._saved(vm.name)
-        if not saved.exists():
-            raise HypervisorFailure(f"VM {vm.name} has no saved state here")
-        await self._run_from(saved, vm, ports)
-        saved.unlink()
-
-    async def _run_from(self, state: Path, vm: Vm, ports: Sequence[str]) -> None:
-        machine = await self._spawn(vm, ports, incoming=True)
+    async def _begin_saving(self, machine: _Machine) -> None:
+        saving = self._saved(machine.name, _SAVING)
         try:
+            saving.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise HypervisorFailure(f"{saving.parent}: {error.strerror}") from None
+        await self._stop_for(machine)
+        machine.migration = "setup"
+        await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
+        await self._do(machine, "migrate-set-parameters", **_bandwidth(0))
+        await self._do(machine, "migrate", uri=f"exec:cat > {shlex.quote(str(saving))}")
+
+    async def _stop_for(self, machine: _Machine) -> None:
+        """A VM that is paused already has no STOP to wait for: its saving begins now."""
+        if await self.state(machine.name) == "running":
+            await self.pause(machine.name)
+        else:
+            machine.stopped_ns = time.time_ns()
+
+    async def wake(self, vm: Vm, ports: Sequence[str]) -> int:
+        saved = self._saved(vm.name)
+        at_ns = await self._run_from(saved, vm, ports)
+        saved.unlink(missing_ok=True)
+        return at_ns
+
+    async def _run_from(self, state: Path, vm: Vm, ports: Sequence[str]) -> int:
+        """Run a VM from its state in a file, or leave it paused if it was; may be repeated."""
+        if vm.name not in self._machines:
+            if not state.exists():
+                raise HypervisorFailure(f"VM {vm.name} has no saved state here")
+            machine = await self._spawn(vm, ports, incoming=True)
             await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
             await self._do(machine, "migrate-incoming", uri=f"exec:cat {shlex.quote(str(state))}")
-            await self.received(vm.name, SAVE_LIMIT_S)
-            await self.resume(vm.name)
+        try:
+            at_ns = await self.received(vm.name, SAVE_LIMIT_S)
+            if vm.state != "paused":
+                at_ns = await self.resume(vm.name)
         except HypervisorFailure:
             await self._end(vm.name)  # the state is there for another try
             raise
+        return at_ns
 
     async def recover(self, vm: Vm, ports: Sequence[str]) -> int:
         at_ns = self._keeper.newest_ns(vm.name)
@@ -417,14 +447,50 @@ class QemuHypervisor:
     async def drop_checkpoint(self, vm: str) -> None:
         await self._keeper.drop(vm)
 
-    async def take_state(self, vm: str, listen: str) -> str:
-        return await self._taker.take(self._saved(vm), listen)
+    async def back_to(self, vm: Vm, ports: Sequence[str]) -> None:
+        machine = self._machines.get(vm.name)
+        if machine is None:
+            await self.wake(vm, ports)
+            return
+        if machine.migration in ("setup", "active"):
+            await self.cancel(vm.name)
+        for kind in (_SAVING, ""):
+            self._saved(vm.name, kind).unlink(missing_ok=True)
+        if vm.state != "paused" and await self.state(vm.name) != "running":
+            await self.resume(vm.name)
+
+    async def saved_bytes(self, vm: str) -> int:
+        saved = self._saved(vm)
+        return saved.stat().st_size if saved.exists() else 0
+
+    async def saved(self) -> list[str]:
+        return [name for name in self._names_in("suspended") if name not in self._machines]
+
+    async def take_state(self, move: str, listen: str) -> str:
+        return await self._taker.take(self._run_dir / "taken" / move, listen)
+
+    async def keep_state(self, vm: str, move: str) -> None:
+        taken = self._run_dir / "taken" / move
+        if taken.exists():
+            self._saved(vm).parent.mkdir(exist_ok=True)
+            taken.replace(self._saved(vm))
+
+    async def drop_taken(self, move: str) -> None:
+        await self._taker.give_up(self._run_dir / "taken" / move)
+
+    def taken(self) -> list[str]:
+        return self._names_in("taken")
+
+    def _names_in(self, folder: str) -> list[str]:
+        """Whole files only; what is being written has a name that begins with a dot."""
+        found = (self._run_dir / folder).glob("[!.]*")
+        return sorted(path.name for path in found)
 
     async def give_state(self, vm: str, uri: str) -> int:
         return await give(self._saved(vm), uri)
 
-    def _saved(self, vm: str) -> Path:
-        return self._run_dir / "suspended" / vm
+    def _saved(self, vm: str, kind: str = "") -> Path:
+        return self._run_dir / "suspended" / f"{kind}{vm}"
 
     async def stop(self, vm: str) -> None:
         await self._end(vm)

@@ -27,7 +27,7 @@ class Taker:
     """Waits for files that others give; each is waited for beside the caller."""
 
     def __init__(self) -> None:
-        self._waiting: set[asyncio.Task[None]] = set()
+        self._waiting: dict[Path, asyncio.Task[None]] = {}
 
     async def take(self, path: Path, address: str) -> str:
         """Wait for one file, and keep it at `path`; the URI to give it to.
@@ -42,10 +42,20 @@ class Taker:
         except OSError as error:
             raise HypervisorFailure(f"cannot take a state at {address}: {error.strerror}") from None
         server.setblocking(False)
-        task = asyncio.create_task(_until_taken(server, path, secret))
-        self._waiting.add(task)
-        task.add_done_callback(self._waiting.discard)
+        await self._stop_waiting(path)
+        self._waiting[path] = asyncio.create_task(_until_taken(server, path, secret))
         return f"state:{address}|{server.getsockname()[1]}|{secret.hex()}"
+
+    async def give_up(self, path: Path) -> None:
+        """Wait no longer for the file at `path`, and remove it; content with absence."""
+        await self._stop_waiting(path)
+        path.unlink(missing_ok=True)
+
+    async def _stop_waiting(self, path: Path) -> None:
+        task = self._waiting.pop(path, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})
 
 
 async def _until_taken(server: socket.socket, path: Path, secret: bytes) -> None:
@@ -56,7 +66,19 @@ async def _until_taken(server: socket.socket, path: Path, secret: bytes) -> None
             async with asyncio.timeout(TAKE_LIMIT_S):
                 giver, _ = await loop.sock_accept(server)
             giver.settimeout(PIECE_LIMIT_S)
-            taken = await asyncio.to_thread(_taken, giver, path, secret)
+            taken = await _cut_when_cancelled(giver, path, secret)
+
+
+async def _cut_when_cancelled(giver: socket.socket, path: Path, secret: bytes) -> bool:
+    """A thread cannot be cancelled: it is cut off, and nothing is written once this returns."""
+    thread = asyncio.ensure_future(asyncio.to_thread(_taken, giver, path, secret))
+    try:
+        return await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        with contextlib.suppress(OSError):
+            giver.shutdown(socket.SHUT_RDWR)
+        await asyncio.wait({thread})
+        raise
 
 
 def _taken(giver: socket.socket, path: Path, secret: bytes) -> bool:

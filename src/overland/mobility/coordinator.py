@@ -60,19 +60,18 @@ from overland.mobility.messages import (
     Tell,
     Tick,
 )
-from overland.model.handover import (
-    ENDED,
-    LEGAL,
-    Acknowledgement,
-    Handover,
-    Packets,
-    Phase,
-    PhaseAt,
-    committed,
+from overland.mobility.saga import (
+    CLOSE_LIMIT_S,
+    PREPARE_LIMIT_S,
+    close_reason,
+    end,
+    enter,
+    involved,
+    merge,
+    names,
+    tell,
 )
-
-PREPARE_LIMIT_S = 20.0
-"""An NVE that has not prepared by then makes the move abort."""
+from overland.model.handover import ENDED, Acknowledgement, Handover, committed
 
 STOPPED_LIMIT_S = 5.0
 """From STOP to the commit: the age bound of what is held at the new NVE (R-39)."""
@@ -80,8 +79,6 @@ STOPPED_LIMIT_S = 5.0
 GIVE_BACK_LIMIT_S = 1.0
 """How long an abort waits for the new NVE to send back what it holds."""
 
-CLOSE_LIMIT_S = 10.0
-"""How long closing waits for the counts of each NVE."""
 
 Step = tuple[Handover, tuple[CoordinatorEffect, ...]]
 
@@ -102,7 +99,7 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             Prepared() | Received() | Stopped() | Steered() | Running() | GivenBack() | Restored()
         ) if record.closing:
             # It has come to where it may close; it may not have been there when it was told.
-            again = (_tell(event.nve, Close(move=record.id)),)
+            again = (tell(event.nve, Close(move=record.id)),)
             waits = event.nve in record.waiting
             return record, _outstanding(record, event.nve) if waits else again
         case Start():
@@ -135,7 +132,7 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             return _crashed(record, f"the VM ended on {nve} after the commit: {why}", now_s, now_ns)
         case Acknowledged(nve=nve, at_ns=at_ns):
             seen = Acknowledgement(nve=nve, at_ns=at_ns)
-            if committed(record.phase) and nve not in _names(record.acknowledged):
+            if committed(record.phase) and nve not in names(record.acknowledged):
                 record = msgspec.structs.replace(record, acknowledged=(*record.acknowledged, seen))
             return _converge(record, now_s, now_ns)
         case GivenBack(nve=nve):
@@ -148,25 +145,6 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             return _tick(record, now_s, now_ns)
         case _:
             assert_never(event)
-
-
-def involved(record: Handover) -> tuple[str, ...]:
-    """All NVEs of a move: old, new, then peers."""
-    return (record.old_nve, record.new_nve, *record.peers)
-
-
-def _names(seen: tuple[Acknowledgement, ...]) -> frozenset[str]:
-    return frozenset(each.nve for each in seen)
-
-
-def _enter(record: Handover, phase: Phase, now_ns: int) -> Handover:
-    assert phase in LEGAL[record.phase], f"{record.phase} -> {phase}"
-    entry = PhaseAt(phase=phase, at_ns=now_ns)
-    return msgspec.structs.replace(record, phase=phase, phases=(*record.phases, entry))
-
-
-def _tell(nve: str, order: AnyOrder) -> Tell:
-    return Tell(nve=nve, order=order)
 
 
 def _start(record: Handover, now_s: float) -> Step:
@@ -227,13 +205,13 @@ def _outstanding(record: Handover, nve: str) -> tuple[CoordinatorEffect, ...]:
         case "paused" | "equal":
             return _steer_again(record, nve) + _digest_again(record, nve)
         case "committed" if nve == record.new_nve:
-            return (_tell(nve, Activate(move=move, version=record.version)),)
+            return (tell(nve, Activate(move=move, version=record.version)),)
         case "committed" | "running" | "converging" if nve == record.old_nve:
-            return (_tell(nve, Retire(move=move, version=record.version)),)
+            return (tell(nve, Retire(move=move, version=record.version)),)
         case "drained" | "aborting" if record.closing and nve in record.waiting:
             return tuple(each for each in _close_orders(record) if each.nve == nve)
         case "aborting" if nve in record.waiting:
-            return (_tell(nve, _way_back(record, nve)),)
+            return (tell(nve, _way_back(record, nve)),)
         case _:
             return ()
 
@@ -242,15 +220,15 @@ def _prepare(record: Handover, nve: str) -> Tell:
     move, version, ports, options = record.id, record.version, record.ports, record.options
     if nve == record.new_nve:
         new = PrepareNew(move=move, vm=record.vm, version=version, ports=ports, options=options)
-        return _tell(nve, new)
+        return tell(nve, new)
     if nve == record.old_nve:
         old = PrepareOld(move=move, vm=record.vm, version=version, ports=ports, options=options)
-        return _tell(nve, old)
-    return _tell(nve, PreparePeer(move=move, version=version, ports=ports))
+        return tell(nve, old)
+    return tell(nve, PreparePeer(move=move, version=version, ports=ports))
 
 
 def _send(record: Handover) -> Tell:
-    return _tell(record.old_nve, Send(move=record.id, uri=record.uri, keep_uri=record.keep_uri))
+    return tell(record.old_nve, Send(move=record.id, uri=record.uri, keep_uri=record.keep_uri))
 
 
 def _checkpointed(record: Handover, event: Checkpointed, now_s: float) -> Step:
@@ -269,17 +247,17 @@ def recoverable(record: Handover) -> bool:
 
 
 def _steer_again(record: Handover, nve: str) -> tuple[Tell, ...]:
-    steered = _names(record.steered)
+    steered = names(record.steered)
     first = nve == record.new_nve and nve not in steered
     peer = nve in record.peers and nve not in steered and record.new_nve in steered
-    return (_tell(nve, Steer(move=record.id)),) if first or peer else ()
+    return (tell(nve, Steer(move=record.id)),) if first or peer else ()
 
 
 def _digest_again(record: Handover, nve: str) -> tuple[Tell, ...]:
     asked = record.phase == "equal" and record.options.verify
     ends = {record.old_nve: record.digest_old, record.new_nve: record.digest_new}
     missing = asked and nve in ends and not ends[nve]
-    return (_tell(nve, Digest(move=record.id)),) if missing else ()
+    return (tell(nve, Digest(move=record.id)),) if missing else ()
 
 
 def _way_back(record: Handover, nve: str) -> AnyOrder:
@@ -331,7 +309,7 @@ def _prepared(record: Handover, event: Prepared, now_s: float, now_ns: int) -> S
         return record, tuple(_prepare(record, nve) for nve in (record.old_nve, *record.peers))
     if record.waiting:
         return record, ()
-    record = _enter(_enter(record, "staged", now_ns), "precopy", now_ns)
+    record = enter(enter(record, "staged", now_ns), "precopy", now_ns)
     record = msgspec.structs.replace(record, deadline_s=now_s + record.options.timeout_s)
     return record, (_send(record),)
 
@@ -344,7 +322,7 @@ def _flowing(record: Handover, held_ns: int) -> Step:
     if record.phase != "precopy" or record.held_ns:
         return record, ()
     record = msgspec.structs.replace(record, held_ns=held_ns)
-    return record, (_tell(record.new_nve, Steer(move=record.id)),)
+    return record, (tell(record.new_nve, Steer(move=record.id)),)
 
 
 def _stopped(record: Handover, event: Stopped, now_s: float, now_ns: int) -> Step:
@@ -352,14 +330,14 @@ def _stopped(record: Handover, event: Stopped, now_s: float, now_ns: int) -> Ste
         return record, ()
     told = bool(record.held_ns)
     record = msgspec.structs.replace(
-        _enter(record, "paused", now_ns),
+        enter(record, "paused", now_ns),
         held_ns=event.held_ns,
         stop_ns=event.stop_ns,
         memory=event.memory,
         deadline_s=now_s + STOPPED_LIMIT_S,
     )
     if not told:
-        return record, (_tell(record.new_nve, Steer(move=record.id)),)
+        return record, (tell(record.new_nve, Steer(move=record.id)),)
     return _equal_if_ready(record, now_ns)
 
 
@@ -372,16 +350,16 @@ def _received(record: Handover, at_ns: int, now_ns: int) -> Step:
 def _equal_if_ready(record: Handover, now_ns: int) -> Step:
     """The copy is whole and the new NVE's own tables lead to it: only then may others be told."""
     ready = record.phase == "paused" and record.equal_ns
-    if ready and record.new_nve in _names(record.steered):
+    if ready and record.new_nve in names(record.steered):
         return _equal(record, now_ns)
     return record, ()
 
 
 def _equal(record: Handover, now_ns: int) -> Step:
-    record = _enter(record, "equal", now_ns)
+    record = enter(record, "equal", now_ns)
     if record.options.verify:
         ask = Digest(move=record.id)
-        return record, (_tell(record.old_nve, ask), _tell(record.new_nve, ask))
+        return record, (tell(record.old_nve, ask), tell(record.new_nve, ask))
     return record, (_commit(record),)
 
 
@@ -405,7 +383,7 @@ def _steered(record: Handover, nve: str, at_ns: int, now_s: float, now_ns: int) 
     if record.phase == "aborting":
         turning = record.restored and not record.closing and nve in record.waiting
         return _turned_back(record, nve, now_s) if turning else (record, ())
-    if nve in _names(record.steered) or not record.held_ns:
+    if nve in names(record.steered) or not record.held_ns:
         return record, ()
     seen = Acknowledgement(nve=nve, at_ns=at_ns)
     record = msgspec.structs.replace(record, steered=(*record.steered, seen))
@@ -418,28 +396,28 @@ def _steered(record: Handover, nve: str, at_ns: int, now_s: float, now_ns: int) 
 
 def _steer_others(record: Handover) -> tuple[CoordinatorEffect, ...]:
     steer = Steer(move=record.id)
-    return tuple(_tell(nve, steer) for nve in record.peers)
+    return tuple(tell(nve, steer) for nve in record.peers)
 
 
 def _committed(record: Handover, event: Committed, now_s: float, now_ns: int) -> Step:
     if record.phase != "equal":
         return record, ()
     record = msgspec.structs.replace(
-        _enter(record, "committed", now_ns),
+        enter(record, "committed", now_ns),
         version=event.version,
         commit_ns=event.at_ns,
         deadline_s=now_s + STOPPED_LIMIT_S,
     )
     return record, (
-        _tell(record.new_nve, Activate(move=record.id, version=event.version)),
-        _tell(record.old_nve, Retire(move=record.id, version=event.version)),
+        tell(record.new_nve, Activate(move=record.id, version=event.version)),
+        tell(record.old_nve, Retire(move=record.id, version=event.version)),
     )
 
 
 def _running(record: Handover, event: Running, now_s: float, now_ns: int) -> Step:
     if record.phase != "committed":
         return record, ()
-    record = _enter(_enter(record, "running", now_ns), "converging", now_ns)
+    record = enter(enter(record, "running", now_ns), "converging", now_ns)
     record = msgspec.structs.replace(
         record,
         resume_ns=event.at_ns,
@@ -454,7 +432,7 @@ def _crashed(record: Handover, why: str, now_s: float, now_ns: int) -> Step:
     """The move ends as it would: the address leads to the new host, whatever became of the VM."""
     if record.phase != "committed":
         return record, ()
-    record = _enter(_enter(record, "running", now_ns), "converging", now_ns)
+    record = enter(enter(record, "running", now_ns), "converging", now_ns)
     record = msgspec.structs.replace(record, reason=why, outcome="open")
     return _converge(record, now_s, now_ns)
 
@@ -463,15 +441,12 @@ def _converge(record: Handover, now_s: float, now_ns: int) -> Step:
     """The tunnel ends by this criterion and no other (R-42): never by silence, never by a timer."""
     if record.phase != "converging":
         return record, ()
-    missing = set(involved(record)) - _names(record.acknowledged) - set(record.fenced)
+    missing = set(involved(record)) - names(record.acknowledged) - set(record.fenced)
     if missing:
         return record, ()
-    reason = "all peers acknowledged"
-    if record.fenced:
-        reason += f"; fenced: {', '.join(record.fenced)}"
     record = msgspec.structs.replace(
-        _enter(record, "drained", now_ns),
-        close_reason=reason,
+        enter(record, "drained", now_ns),
+        close_reason=close_reason(record),
         waiting=frozenset(),
         deadline_s=now_s + record.options.drain_guard_ms / 1000,
     )
@@ -485,12 +460,12 @@ def _close_orders(record: Handover) -> tuple[Tell, ...]:
     """
     orders: list[Tell] = []
     if record.phase == "drained" and record.old_nve in record.waiting:
-        orders.append(_tell(record.old_nve, Retire(move=record.id, version=record.version)))
+        orders.append(tell(record.old_nve, Retire(move=record.id, version=record.version)))
     if record.lost and record.old_nve in record.waiting:
         # It is back all the same, and has never heard that the move was aborted.
-        orders.append(_tell(record.old_nve, Restore(move=record.id)))
+        orders.append(tell(record.old_nve, Restore(move=record.id)))
     closing = sorted(record.waiting - _keeps_its_end(record))
-    return (*orders, *(_tell(nve, close_order(record, nve)) for nve in closing))
+    return (*orders, *(tell(nve, close_order(record, nve)) for nve in closing))
 
 
 def close_order(record: Handover, nve: str) -> Close:
@@ -510,39 +485,14 @@ def _closed(record: Handover, event: Closed, now_ns: int) -> Step:
     record = msgspec.structs.replace(
         record,
         waiting=record.waiting - {event.nve},
-        packets=_merge(record.packets, event.packets),
+        packets=merge(record.packets, event.packets),
     )
     moved = record.phase == "drained"
     if moved and event.nve == record.old_nve and record.new_nve in record.waiting:
-        return record, (_tell(record.new_nve, Close(move=record.id)),)
+        return record, (tell(record.new_nve, Close(move=record.id)),)
     if record.waiting:
         return record, ()
-    return _end(record, now_ns), ()
-
-
-def _end(record: Handover, now_ns: int) -> Handover:
-    moved = record.phase == "drained"
-    record = _enter(record, "closed" if moved else "aborted", now_ns)
-    return msgspec.structs.replace(
-        record, outcome="moved" if moved else "aborted", closed_ns=now_ns
-    )
-
-
-def _merge(mine: Packets, theirs: Packets) -> Packets:
-    """Join the counts of one more NVE; each count is made at one NVE only."""
-    dropped = dict(mine.dropped)
-    for cause, count in theirs.dropped.items():
-        dropped[cause] = dropped.get(cause, 0) + count
-    firsts = [each for each in (mine.first_direct_ns, theirs.first_direct_ns) if each]
-    return Packets(
-        held=mine.held + theirs.held,
-        rescued=mine.rescued + theirs.rescued,
-        redirected=mine.redirected + theirs.redirected,
-        late=mine.late + theirs.late,
-        dropped=dropped,
-        last_redirected_ns=max(mine.last_redirected_ns, theirs.last_redirected_ns),
-        first_direct_ns=min(firsts, default=0),
-    )
+    return end(record, now_ns), ()
 
 
 def _abort(record: Handover, why: str, now_s: float, now_ns: int) -> Step:
@@ -550,7 +500,7 @@ def _abort(record: Handover, why: str, now_s: float, now_ns: int) -> Step:
     if committed(record.phase) or record.phase == "aborting":
         return record, ()
     record = msgspec.structs.replace(
-        _enter(record, "aborting", now_ns),
+        enter(record, "aborting", now_ns),
         reason=why,
         deadline_s=now_s + GIVE_BACK_LIMIT_S,
         waiting=frozenset({record.new_nve}),
@@ -559,7 +509,7 @@ def _abort(record: Handover, why: str, now_s: float, now_ns: int) -> Step:
         return _restore(
             record, now_s, now_ns
         )  # it never had leave to run: there is nothing to wait for
-    return record, (_tell(record.new_nve, GiveBack(move=record.id)),)
+    return record, (tell(record.new_nve, GiveBack(move=record.id)),)
 
 
 def _given_back(record: Handover, nve: str, now_s: float, now_ns: int) -> Step:
@@ -574,7 +524,7 @@ def _restore(record: Handover, now_s: float, now_ns: int) -> Step:
     record = msgspec.structs.replace(
         record, waiting=frozenset({record.old_nve}), deadline_s=now_s + CLOSE_LIMIT_S
     )
-    return record, (_tell(record.old_nve, Restore(move=record.id)),)
+    return record, (tell(record.old_nve, Restore(move=record.id)),)
 
 
 def _restored(record: Handover, now_s: float, now_ns: int) -> Step:
@@ -590,12 +540,12 @@ def _restored(record: Handover, now_s: float, now_ns: int) -> Step:
     if not record.waiting:
         return _close(record, now_s)
     back = Steer(move=record.id, back=True)
-    return record, tuple(_tell(peer, back) for peer in sorted(record.waiting))
+    return record, tuple(tell(peer, back) for peer in sorted(record.waiting))
 
 
 def _told_to_steer(record: Handover) -> frozenset[str]:
     """Peers that may have turned to the new NVE, whether they could say so or not."""
-    told = record.new_nve in _names(record.steered)
+    told = record.new_nve in names(record.steered)
     return frozenset(record.peers) if told else frozenset()
 
 
@@ -657,7 +607,7 @@ def _give_up_waiting(record: Handover, nves: frozenset[str], now_s: float, now_n
         return record, _close_orders(record)
     if record.waiting:
         return record, ()
-    return (_end(record, now_ns), ()) if record.closing else _close(record, now_s)
+    return (end(record, now_ns), ()) if record.closing else _close(record, now_s)
 
 
 def _tick(record: Handover, now_s: float, now_ns: int) -> Step:
@@ -669,7 +619,7 @@ def _tick(record: Handover, now_s: float, now_ns: int) -> Step:
             return _abort(record, f"no answer from {silent} in time", now_s, now_ns)
         case "precopy" if record.options.timeout_action == "pause":
             record = msgspec.structs.replace(record, deadline_s=now_s + PREPARE_LIMIT_S)
-            return record, (_tell(record.old_nve, Force(move=record.id)),)
+            return record, (tell(record.old_nve, Force(move=record.id)),)
         case "precopy":
             why = f"memory did not converge within {record.options.timeout_s:g} s"
             return _abort(record, why, now_s, now_ns)

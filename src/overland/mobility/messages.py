@@ -7,7 +7,15 @@ effects what they want done. All are values; the same structs travel on the wire
 from __future__ import annotations
 
 from overland.model.cluster import Record, Vm
-from overland.model.handover import Checkpoint, Memory, MovingPort, Options, Packets, Transfer
+from overland.model.handover import (
+    Checkpoint,
+    Marking,
+    Memory,
+    MovingPort,
+    Options,
+    Packets,
+    Transfer,
+)
 from overland.model.ticket import Seal
 
 # ------------------------------------------------------------ orders: coordinator -> NVE
@@ -112,6 +120,71 @@ AnyOrder = (
     | GiveBack
     | Restore
     | Close
+)
+
+
+# ------------------------------------------------------------ orders of a cold move
+
+
+class Cold(Order, frozen=True, kw_only=True, tag=True):
+    """Base: the NVE keeps no part of a cold move, so an order says all. Repeated, it is a question.
+
+    `vm` is the VM as it was before the move; its state is the one it has to come back to.
+    """
+
+    vm: Vm
+    ports: tuple[MovingPort, ...]
+
+
+class Associate(Cold, frozen=True, kw_only=True, tag=True):
+    """To the new NVE: ports in place, no copy of the VM here; answer Prepared."""
+
+
+class Suspend(Cold, frozen=True, kw_only=True, tag=True):
+    """To the old NVE: stop the VM and save its state; answer Stopped once that is whole."""
+
+
+class TakeState(Cold, frozen=True, kw_only=True, tag=True):
+    """To the new NVE: wait for the saved state; answer Prepared with the URI to give it to."""
+
+
+class GiveState(Cold, frozen=True, kw_only=True, tag=True):
+    """To the old NVE: send the saved state to `uri`; answer Received once it is on that disk."""
+
+    uri: str
+
+
+class WakeUp(Cold, frozen=True, kw_only=True, tag=True):
+    """To the new NVE, only after the commit: run the VM on from the state that was taken.
+
+    A VM that was paused stays so, one that was suspended sleeps on; answer Running, or Crashed.
+    """
+
+    version: int
+    seal: Seal | None = None
+
+
+class DropState(Cold, frozen=True, kw_only=True, tag=True):
+    """To the old NVE at the end, after the commit: its saved state goes, then as Count."""
+
+    version: int
+    seal: Seal | None = None
+
+
+class Return(Cold, frozen=True, kw_only=True, tag=True):
+    """To the old NVE in an abort: the VM as it was, from its saved state if it must."""
+
+
+class DropCopy(Cold, frozen=True, kw_only=True, tag=True):
+    """To the new NVE in an abort: what was taken for this move goes; answer GivenBack."""
+
+
+class Count(Cold, frozen=True, kw_only=True, tag=True):
+    """To every NVE at the end: answer Closed with what was dropped while in transit."""
+
+
+ColdOrder = (
+    Associate | Suspend | TakeState | GiveState | WakeUp | DropState | Return | DropCopy | Count
 )
 
 
@@ -240,10 +313,14 @@ class CommitRefused(Record, frozen=True, kw_only=True, tag=True):
 
 
 class Acknowledged(Record, frozen=True, kw_only=True, tag=True):
-    """NVE `nve` has the committed mappings in its kernel."""
+    """NVE `nve` has the mappings in its kernel: the committed ones, or as `marking` says.
+
+    The marking is that of the revision which the NVE acknowledged (spec/wire.md).
+    """
 
     nve: str
     at_ns: int
+    marking: Marking = "none"
 
 
 class Back(Record, frozen=True, kw_only=True, tag=True):
@@ -290,7 +367,19 @@ class Commit(Record, frozen=True, kw_only=True, tag=True):
     new_nve: str
 
 
+class Ask(Record, frozen=True, kw_only=True, tag=True):
+    """Effect of a cold move: have `nve` carry out `order`, if it has not yet."""
+
+    nve: str
+    order: ColdOrder
+
+
+class Publish(Record, frozen=True, kw_only=True, tag=True):
+    """Effect: tell the subscribers of the VM's networks what the journalled record now means."""
+
+
 CoordinatorEffect = Tell | Commit
+ColdEffect = Ask | Commit | Publish
 
 # ------------------------------------------------------------ effects and answers at an NVE
 

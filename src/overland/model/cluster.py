@@ -12,7 +12,16 @@ import msgspec
 
 Family = Literal["ipv4", "ipv6"]
 VmState = Literal[
-    "shutdown", "running", "paused", "suspended", "migrating", "crashed", "preparing", "blocked"
+    "preparing",
+    "running",
+    "suspending",
+    "suspended",
+    "resuming",
+    "paused",
+    "migrating",
+    "shutdown",
+    "crashed",
+    "blocked",
 ]
 """RFC 7666 (vmOperState) names, those that we can reach."""
 
@@ -33,13 +42,19 @@ class Network(Record, frozen=True, kw_only=True):
     underlay: Family = "ipv4"
 
 
+GUEST_PAUSE = "guest pause by QEMU"
+"""The whole guest stands still and notices nothing but time; no stack and no application helps."""
+
+
 class Host(Record, frozen=True, kw_only=True):
     """A machine with an NVE. `ready` while its NVE holds its lease at the NVA.
 
     `dead`: its lease has ended and no other host reaches it either; nobody is told of what it has.
     `connected_ns`: when its NVE said Hello (CLOCK_REALTIME), 0 while it is not connected.
     `answers`: its kernel is known to answer others on the underlay, so silence means something.
-    `blockers` are the NVE's own reasons why nothing can run there (no VXLAN, no QEMU, not root).
+    `pauses_by` names what lets a connection pause while its VM moves hot; empty: cold moves only
+    (R-32). `blockers` are the NVE's own reasons why nothing can run there (no VXLAN, no QEMU, not
+    root).
     """
 
     name: str
@@ -50,6 +65,7 @@ class Host(Record, frozen=True, kw_only=True):
     memory_free_mib: int = 0
     accelerator: Literal["kvm", "tcg", "none"] = "none"
     hypervisor_version: str = ""
+    pauses_by: str = GUEST_PAUSE
     machine_types: tuple[str, ...] = ()
     cpu_models: tuple[str, ...] = ()
     blockers: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from overland.model.cluster import Family, Record, Vm
+from overland.model.cluster import Family, Record, Vm, VmState
 from overland.model.forecast import Forecast
 
 Phase = Literal[
@@ -60,6 +60,13 @@ LEGAL: dict[Phase, frozenset[Phase]] = {
 }
 """Legal transitions (R-45, R-46). After `committed` there is no way back."""
 
+COLD_LEGAL: dict[Phase, frozenset[Phase]] = {
+    phase: frozenset({"paused", "aborting"}) if phase == "staged" else following
+    for phase, following in LEGAL.items()
+    if phase != "precopy"
+}
+"""Of a cold move: the same without `precopy`; nothing is copied while its VM runs."""
+
 PacketAction = Literal["deliver", "hold", "redirect", "drop"]
 
 OLD_NVE_ACTION: dict[Phase, PacketAction] = {
@@ -80,6 +87,32 @@ OLD_NVE_ACTION: dict[Phase, PacketAction] = {
 
 `redirect` begins with a hold until what the old tap still had has gone ahead, so that order is
 kept. `drop` is counted. In an L2 VN the NVE never sends ICMP, in any phase (R-36).
+"""
+
+
+COLD_OLD_NVE_ACTION: dict[Phase, PacketAction] = {
+    "planned": "deliver",
+    "staged": "deliver",
+    "paused": "drop",
+    "equal": "drop",
+    "committed": "drop",
+    "running": "drop",
+    "converging": "drop",
+    "drained": "drop",
+    "closed": "drop",
+    "aborting": "drop",
+    "aborted": "deliver",
+}
+"""The same for a cold move of a VM that is up (R-35, 6-3); one at rest has no frames.
+
+`drop` is counted: the address is in transit. The other NVEs drop from `staged` on, at their own
+ports, so nothing comes here any more when the VM stops, and nobody has to be sent on (R-33).
+"""
+
+Marking = Literal["none", "others", "all"]
+"""Where the address of a VM in a cold move is in transit: nowhere, at the other NVEs, everywhere.
+
+The old NVE is last: what they launched before they knew is still delivered to the running VM.
 """
 
 
@@ -195,12 +228,16 @@ class Checkpoints(Record, frozen=True, kw_only=True):
 
 
 class Packets(Record, frozen=True, kw_only=True):
-    """Frames by what happened to them. `late`: redirected after the commit (R-16)."""
+    """Frames by what happened to them. `late`: redirected after the commit (R-16).
+
+    `residual`: came to the old NVE of a cold move although all others had said that they drop.
+    """
 
     held: int = 0
     rescued: int = 0
     redirected: int = 0
     late: int = 0
+    residual: int = 0
     dropped: dict[str, int] = msgspec.field(default_factory=dict)
     last_redirected_ns: int = 0
     first_direct_ns: int = 0
@@ -241,11 +278,12 @@ class Handover(Record, frozen=True, kw_only=True):
     """One move of one VM. Instants are CLOCK_REALTIME ns, 0 while they have not come.
 
     `held_ns`: the old VM stopped receiving (gate closed). `stop_ns`, `resume_ns`: QEMU's events.
-    `equal_ns`: the new copy is whole, both are stopped (R-09). `waiting` names the NVEs whose
-    answer the present phase needs. `forecast`: what was expected before. `restored`: an abort has
-    the VM back at the old host. `lost`: the old host is dead, or fenced by hand, so nobody restores
-    anything. `closing`: everybody was told to clean up. `deadline_s` is compared with Tick. `uri`
-    takes the memory, `keep_uri` the checkpoints of a warm move.
+    `equal_ns`: the new copy is whole, both are stopped (R-09). `marked`: who has the address in
+    transit in its kernel. `ends_as`: the state of the VM after a cold move. `waiting` names the
+    NVEs whose answer the present phase needs. `forecast`: what was expected before. `restored`: an
+    abort has the VM back at the old host. `lost`: the old host is dead, or fenced by hand, so
+    nobody restores anything. `closing`: everybody was told to clean up. `deadline_s` is compared
+    with Tick. `uri` takes the memory, `keep_uri` the checkpoints of a warm move.
     """
 
     id: str
@@ -270,6 +308,8 @@ class Handover(Record, frozen=True, kw_only=True):
     commit_ns: int = 0
     resume_ns: int = 0
     closed_ns: int = 0
+    marked: tuple[Acknowledgement, ...] = ()
+    ends_as: VmState = "running"
     steered: tuple[Acknowledgement, ...] = ()
     acknowledged: tuple[Acknowledgement, ...] = ()
     fenced: tuple[str, ...] = ()
@@ -284,3 +324,24 @@ class Handover(Record, frozen=True, kw_only=True):
     packets: Packets = Packets()
     digest_old: str = ""
     digest_new: str = ""
+
+
+def is_up(vm: Vm) -> bool:
+    """Tell whether the VM's addresses are in use: it runs, or is paused and will run on."""
+    return vm.state in ("running", "paused")
+
+
+def marking(record: Handover) -> Marking:
+    """Where the moved VM's address is in transit now; a function of the journalled record only."""
+    if record.mode != "cold" or not is_up(record.vm) or record.restored:
+        return "none"
+    match record.phase:
+        case "staged":
+            return "others"
+        case "paused" | "equal" | "committed":
+            return "all"
+        case "aborting":
+            entered = {each.phase for each in record.phases}
+            return "all" if "paused" in entered else "none"
+        case _:
+            return "none"

@@ -21,6 +21,7 @@ class TsiIntent(Record, frozen=True, kw_only=True):
 
     `associated`: everything is in place but nothing from it is let in. `activated`: in use.
     `index` counts the interfaces of one owner. `namespace` is set for an endpoint only.
+    `in_transit`: what is sent to it here is dropped and counted (R-33).
     """
 
     owner: str
@@ -31,6 +32,7 @@ class TsiIntent(Record, frozen=True, kw_only=True):
     ipv6: str | None = None
     state: Literal["associated", "activated"]
     namespace: str | None = None
+    in_transit: bool = False
 
 
 class RemoteIntent(Record, frozen=True, kw_only=True):
@@ -41,6 +43,7 @@ class RemoteIntent(Record, frozen=True, kw_only=True):
     ipv6: str | None = None
     nve: str
     version: int
+    in_transit: bool = False
 
 
 class VnIntent(Record, frozen=True, kw_only=True):
@@ -170,7 +173,16 @@ class Muted(Record, frozen=True, kw_only=True):
     port: str
 
 
-Fact = Link | BridgeEntry | TunnelEntry | Neighbour | RouterNeighbour | HostRoute | Muted
+class InTransit(Record, frozen=True, kw_only=True):
+    """Frames to `mac` that enter the VN by `port` are dropped and counted: it is on its way."""
+
+    port: str
+    mac: str
+
+
+Fact = (
+    Link | BridgeEntry | TunnelEntry | Neighbour | RouterNeighbour | HostRoute | Muted | InTransit
+)
 
 
 class KernelState(Record, frozen=True, kw_only=True):
@@ -183,6 +195,7 @@ class KernelState(Record, frozen=True, kw_only=True):
     router_neighbours: frozenset[RouterNeighbour] = frozenset()
     host_routes: frozenset[HostRoute] = frozenset()
     muted: frozenset[Muted] = frozenset()
+    in_transit: frozenset[InTransit] = frozenset()
 
 
 class Op(Record, frozen=True, kw_only=True):

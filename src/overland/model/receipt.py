@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from overland.model.handover import Handover
+from overland.model.handover import Handover, is_up
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -47,6 +47,7 @@ def receipt(record: Handover) -> dict[str, Any]:
         "total_ms": _ms(record.closed_ns, first_ns),
         "vm_stop_ms": _ms(record.resume_ns, record.stop_ns),
         "network_gap_ms": _gap(record),
+        "outage_ms": _outage(record),
         "held_before_stop_ms": _ms(record.stop_ns, record.held_ns),
         "memory": {
             "total_bytes": record.memory.total_bytes,
@@ -63,6 +64,7 @@ def receipt(record: Handover) -> dict[str, Any]:
             "rescued": packets.rescued,
             "redirected": packets.redirected,
             "late": packets.late,
+            "residual": packets.residual,
             "dropped": packets.dropped,
         },
         "last_redirected_after_commit_ms": _ms(
@@ -113,6 +115,20 @@ def _forecast(record: Handover) -> dict[str, Any] | None:
         for key, value in real.items()
     }
     return expected | {"real": real, "error": error}
+
+
+def _outage(record: Handover) -> float | None:
+    """How long the VM could not be reached (R-34, R-62), whatever the mode.
+
+    Cold: from the marking in transit, which silences its peers, to the last subscriber that has the
+    address in use again. Hot: from the closing of the old gate to RESUME. None at rest.
+    """
+    if record.mode != "cold":
+        return _ms(record.resume_ns, record.held_ns)
+    if not is_up(record.vm):
+        return None
+    at_ns = {each.phase: each.at_ns for each in record.phases}
+    return _ms(at_ns.get("drained", 0), at_ns.get("staged", 0))
 
 
 def _gap(record: Handover) -> float | None:

@@ -14,9 +14,17 @@ from typing import TypeVar
 import msgspec
 
 from overland.mobility.coordinator import recoverable
-from overland.model.cluster import Endpoint, Host, Interface, Network, Refused, Vm
+from overland.model.cluster import (
+    Endpoint,
+    Host,
+    Interface,
+    Network,
+    Refused,
+    Vm,
+    VmState,
+)
 from overland.model.forecast import Forecast
-from overland.model.handover import ENDED, Handover, Memory, MovingPort, Options, PhaseAt
+from overland.model.handover import ENDED, Handover, MovingPort, Options, PhaseAt, is_up
 from overland.model.names import port_name, vxlan_name
 from overland.nva import rules
 from overland.nva.cluster import Cluster
@@ -40,6 +48,13 @@ def _stop_if(refusals: Iterable[Refused]) -> None:
     found = tuple(refusals)
     if found:
         raise Blocked(found)
+
+
+def _state_after(record: Handover, vm: Vm) -> VmState:
+    """The state of a VM whose move has ended; what its NVE has said meanwhile stands."""
+    if vm.state != "migrating":
+        return vm.state
+    return record.ends_as if record.outcome == "moved" else record.vm.state
 
 
 class Authority:
@@ -190,6 +205,24 @@ class Authority:
             del self.cluster.vms[name]
         self._changed(frozenset(each.network for each in vm.interfaces))
 
+    async def change_addresses(self, name: str, network: str, changes: dict[str, str | None]) -> Vm:
+        """Give the VM's interface in `network` other addresses; the version is raised (H-04).
+
+        Mapping, neighbours and filters follow from the record. Blocked with every reason.
+        """
+        async with self._lock:
+            vm = self._vm(name)
+            faces = {each.network: each for each in vm.interfaces}
+            before = faces.get(network, Interface(network=network, mac=""))
+            wish = msgspec.structs.replace(before, **changes)
+            _stop_if(rules.address_blockers(self.cluster, name, wish))
+            interfaces = tuple(wish if each == before else each for each in vm.interfaces)
+            vm = msgspec.structs.replace(vm, interfaces=interfaces, version=vm.version + 1)
+            await self._write({f"vm/{name}": vm})
+            self.cluster.vms[name] = vm
+        self._changed(frozenset({network}))
+        return vm
+
     async def vm_state(self, name: str, state: str, reason: str | None = None) -> None:
         """Record what the NVE saw of a VM."""
         async with self._lock:
@@ -302,11 +335,22 @@ class Authority:
         return vm
 
     async def begin_move(
-        self, move_id: str, name: str, to: str, options: Options, forecast: Forecast | None = None
+        self,
+        move_id: str,
+        name: str,
+        to: str,
+        options: Options,
+        forecast: Forecast | None = None,
+        *,
+        cold: bool = False,
     ) -> Handover:
         """Journal a new move; Blocked with every reason when it may not begin."""
         async with self._lock:
-            _stop_if(self.live_blockers(name, to, options))
+            _stop_if(
+                self.move_blockers(name, to, cold=True)
+                if cold
+                else self.live_blockers(name, to, options)
+            )
             vm = self._vm(name)
             record = msgspec.structs.replace(
                 self._planned(move_id, vm, to, options),
@@ -314,44 +358,14 @@ class Authority:
                 forecast=forecast,
             )
             moving = msgspec.structs.replace(vm, move=move_id)
+            if cold:
+                up = is_up(vm)
+                peers = record.peers if up else ()
+                record = msgspec.structs.replace(record, mode="cold", peers=peers, ends_as=vm.state)
+                moving = msgspec.structs.replace(moving, state="migrating" if up else vm.state)
             await self._write({f"move/{move_id}": record, f"vm/{name}": moving})
             self.cluster.vms[name] = moving
             self.cluster.moves[move_id] = record
-        self._changed(frozenset(port.network for port in record.ports))
-        return record
-
-    async def move_at_rest(
-        self, move_id: str, name: str, to: str, state_bytes: int = 0
-    ) -> Handover:
-        """Move a VM that is at rest: one transaction, with which it is done; Blocked if it may not.
-
-        There is nothing in flight, so the receipt ends where it begins. `state_bytes` is what of a
-        suspended VM was copied before.
-        """
-        async with self._lock:
-            _stop_if(rules.cold_blockers(self.cluster, name, to))
-            vm = self._vm(name)
-            now_ns = time.time_ns()
-            record = msgspec.structs.replace(
-                self._planned(move_id, vm, to, Options()),
-                mode="cold",
-                peers=(),
-                version=vm.version + 1,
-                phase="closed",
-                outcome="moved",
-                phases=tuple(
-                    PhaseAt(phase=phase, at_ns=now_ns)
-                    for phase in ("planned", "committed", "closed")
-                ),
-                commit_ns=now_ns,
-                closed_ns=now_ns,
-                close_reason="nothing was in flight",
-                memory=Memory(total_bytes=state_bytes, sent_bytes=state_bytes),
-            )
-            moved = msgspec.structs.replace(vm, host=to, version=record.version)
-            await self._write({f"move/{move_id}": record, f"vm/{name}": moved})
-            self.cluster.vms[name] = moved
-            self.ended_moves[move_id] = record
         self._changed(frozenset(port.network for port in record.ports))
         return record
 
@@ -415,7 +429,7 @@ class Authority:
             vm = self.cluster.vms.get(record.vm.name)
             ended = record.phase in ENDED
             if ended and vm is not None and vm.move == record.id:
-                vm = msgspec.structs.replace(vm, move=None)
+                vm = msgspec.structs.replace(vm, move=None, state=_state_after(record, vm))
                 puts[f"vm/{vm.name}"] = vm
             await self._write(puts)
             if ended:
@@ -437,8 +451,9 @@ class Authority:
             vm = self.cluster.vms.get(record.vm.name)
             if vm is None or vm.version != record.version - 1 or vm.move != record.id:
                 raise Conflict(f"vm {record.vm.name} is not at version {record.version - 1}")
+            state = vm.state if record.mode == "cold" else "running"
             vm = msgspec.structs.replace(
-                vm, version=record.version, host=record.new_nve, state="running"
+                vm, version=record.version, host=record.new_nve, state=state
             )
             await self._write({f"move/{record.id}": record, f"vm/{vm.name}": vm})
             self.cluster.vms[vm.name] = vm

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from overland.model.cluster import Endpoint, Host, Interface, Network, Record, Vm, VmState
-from overland.model.handover import Handover
+from overland.model.handover import Handover, Marking, marking
 
 AT_REST: tuple[VmState, ...] = ("shutdown", "suspended", "crashed")
 """States in which a VM's interfaces are associated only: nothing from them, nothing to them."""
@@ -24,6 +24,7 @@ class Tsi(Record, frozen=True, kw_only=True):
     version: int
     namespace: str | None = None
     active: bool = True
+    marking: Marking = "none"
 
 
 @dataclass(slots=True)
@@ -40,6 +41,7 @@ class Cluster:
     def tsis(self) -> Iterator[Tsi]:
         """Every interface, where its owner's record says it is."""
         for vm in self.vms.values():
+            move = self.moves.get(vm.move or "")
             for index, interface in enumerate(vm.interfaces):
                 yield Tsi(
                     owner=vm.name,
@@ -49,6 +51,7 @@ class Cluster:
                     interface=interface,
                     version=vm.version,
                     active=vm.state not in AT_REST,
+                    marking=marking(move) if move is not None else "none",
                 )
         for endpoint in self.endpoints.values():
             yield Tsi(

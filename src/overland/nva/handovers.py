@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from overland.mobility import coordinator
+from overland.mobility import cold, coordinator
 from overland.mobility import messages as m
 from overland.model.handover import ENDED, Handover, committed
+from overland.nva.mapping import VnView
 from overland.ports import Conflict, StoreFailure
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,10 @@ log = logging.getLogger(__name__)
 RETRY_S = 1.0
 TICK_S = 0.25
 """Longest time between two looks at a deadline; a nearer deadline is met when it comes."""
+
+
+Effects = tuple[m.CoordinatorEffect | m.ColdEffect, ...]
+Step = tuple[Handover, Effects]
 
 
 class Records(Protocol):
@@ -52,7 +57,7 @@ class Handovers:
     def __init__(
         self,
         records: Records,
-        tell: Callable[[str, m.AnyOrder], None],
+        tell: Callable[[str, m.AnyOrder | m.ColdOrder], None],
         changed: Callable[[Handover], None],
     ) -> None:
         self._records = records
@@ -82,8 +87,24 @@ class Handovers:
         """NVE `nve` has `vm`'s mappings of at least `version` in its kernel."""
         for move in self._open.values():
             record = move.record
-            if record.vm.name == vm and record.commit_ns and version >= record.version:
+            hot = record.mode != "cold"  # of a cold one the marking counts as well
+            if hot and record.vm.name == vm and record.commit_ns and version >= record.version:
                 move.post(m.Acknowledged(nve=nve, at_ns=time.time_ns()))
+
+    def in_kernel(self, nve: str, view: Callable[[str], VnView | None]) -> None:
+        """NVE `nve` has acknowledged: what of the VMs in cold moves is in its kernel?
+
+        `view` is a VN as it is known to be there. An interface in another VN may be behind.
+        """
+        for move in self._open.values():
+            record = move.record
+            views = [found for p in record.ports if (found := view(p.network)) is not None]
+            name = record.vm.name
+            current = all(v.versions.get(name, 0) >= record.version for v in views)
+            markings = {each.markings.get(name, "none") for each in views}
+            if record.mode == "cold" and current and len(markings) == 1:
+                marking = markings.pop()
+                move.post(m.Acknowledged(nve=nve, at_ns=time.time_ns(), marking=marking))
 
     def lost(self, nve: str, *, dead: bool) -> None:
         """The lease of NVE `nve` has ended; `dead`: nobody hears its host either."""
@@ -118,7 +139,7 @@ class _Move:
         self,
         record: Handover,
         records: Records,
-        tell: Callable[[str, m.AnyOrder], None],
+        tell: Callable[[str, m.AnyOrder | m.ColdOrder], None],
         changed: Callable[[Handover], None],
     ) -> None:
         self.record = record
@@ -153,16 +174,14 @@ class _Move:
 
     async def _handle(self, event: m.CoordinatorEvent) -> None:
         before = self.record
-        after, effects = coordinator.step(before, event, time.monotonic(), time.time_ns())
+        after, effects = _step(before, event)
         commits = any(isinstance(effect, m.Commit) for effect in effects)
         news = after.phase != before.phase or after.checkpoints != before.checkpoints
         if not commits and (effects or news):
             # The commit journals by itself; what only informs is not worth a disk write.
             after, effects = await self._journalled(before, after, effects)
         self.record = after
-        for effect in effects:
-            if isinstance(effect, m.Tell):
-                self._tell(effect.nve, effect.order)
+        self._perform(effects)
         if commits:
             await self._commit()
         else:
@@ -170,9 +189,7 @@ class _Move:
         if self.record is not before:
             self._changed(self.record)
 
-    async def _journalled(
-        self, before: Handover, after: Handover, effects: tuple[m.CoordinatorEffect, ...]
-    ) -> coordinator.Step:
+    async def _journalled(self, before: Handover, after: Handover, effects: Effects) -> Step:
         """Write `after`; when that is not possible a move that may still turn back does so.
 
         On the way back, and after the commit, it goes on without: there the next write tells all.
@@ -190,7 +207,7 @@ class _Move:
                     return after, effects
                 else:
                     abort = m.Abort(why=str(failure))
-                    return coordinator.step(before, abort, time.monotonic(), time.time_ns())
+                    return _step(before, abort)
 
     def _publish(self) -> None:
         """Subscribers hear of the commit right after the new NVE has had time for its part.
@@ -198,23 +215,47 @@ class _Move:
         They have been steered already; their work must not stand in the way of the VM's first
         step. So: with the first event after the commit, at the latest the next tick.
         """
-        if committed(self.record.phase) and not self._published:
+        hot = self.record.mode != "cold"  # a cold move says itself when they are told
+        if hot and committed(self.record.phase) and not self._published:
             self._published = True
             self._records.publish(self.record)
+
+    def _perform(self, effects: Effects) -> None:
+        """In this order; the commit is made by the caller."""
+        for effect in effects:
+            match effect:
+                case m.Tell(nve=nve, order=order) | m.Ask(nve=nve, order=order):
+                    self._tell(nve, order)
+                case m.Publish():
+                    self._records.publish(self.record)
+                case m.Commit():
+                    pass
 
     async def _commit(self) -> None:
         """One compare-and-set: the point of no return."""
         won = m.Committed(version=self.record.version + 1, at_ns=time.time_ns())
-        after, effects = coordinator.step(self.record, won, time.monotonic(), time.time_ns())
+        after, effects = _step(self.record, won)
         try:
             await self._records.commit(after)
         except (Conflict, StoreFailure) as failure:
             await self._handle(m.CommitRefused(why=str(failure)))
             return
         self.record = after
-        for effect in effects:
-            if isinstance(effect, m.Tell):
-                self._tell(effect.nve, effect.order)
+        self._perform(effects)
+
+
+def _step(record: Handover, event: m.CoordinatorEvent) -> Step:
+    """The machine of the move's mode; all else is the same for both."""
+    step = cold.step if record.mode == "cold" else coordinator.step
+    return step(record, event, time.monotonic(), time.time_ns())
+
+
+def last_order_cold(record: Handover) -> m.DropCopy:
+    """What an NVE is told that has still what it took for a cold move which has ended.
+
+    After the commit that became the VM's own, so what is left is of no use.
+    """
+    return m.DropCopy(move=record.id, vm=record.vm, ports=record.ports)
 
 
 def last_orders(record: Handover, nve: str) -> tuple[m.AnyOrder, ...]:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Literal
 
 from overland.model.cluster import Host, Network
-from overland.model.handover import committed
+from overland.model.handover import Marking, committed
 from overland.model.names import gateway_of
 from overland.model.nve import RemoteIntent, TsiIntent, VnChange, VnIntent
 from overland.nva.cluster import Cluster, Tsi
@@ -42,6 +42,7 @@ class VnView:
         self.network = network
         tsis = [tsi for tsi in cluster.tsis() if tsi.interface.network == network.name]
         self.versions = {tsi.owner: tsi.version for tsi in tsis}
+        self.markings: dict[str, Marking] = {tsi.owner: tsi.marking for tsi in tsis}
         self._places = cluster.places(network.name)
         hosts = (cluster.hosts[name] for name in self._places if name in cluster.hosts)
         self._addresses = {
@@ -144,6 +145,7 @@ def _local(tsi: Tsi, state: Literal["associated", "activated"]) -> TsiIntent:
         ipv6=tsi.interface.ipv6,
         state=state,
         namespace=tsi.namespace,
+        in_transit=tsi.marking == "all",
     )
 
 
@@ -154,6 +156,7 @@ def _remote(tsi: Tsi, address: str) -> RemoteIntent:
         ipv6=tsi.interface.ipv6,
         nve=address,
         version=tsi.version,
+        in_transit=tsi.marking != "none",
     )
 
 

@@ -38,6 +38,7 @@ class Pushes:
     def __init__(self, revision: int) -> None:
         self._revision = revision
         self._sent: dict[tuple[str, str], list[tuple[int, VnView]]] = {}
+        self._has: dict[tuple[str, str], VnView] = {}
 
     def has(self, host: str, known: Mapping[str, int]) -> None:
         """The NVE is back, and says which revisions it has: from these it may go on."""
@@ -45,16 +46,26 @@ class Pushes:
         self._revision = max(self._revision, *known.values(), 0)
         for (name, network), sent in list(self._sent.items()):
             if name == host:
+                self._has.pop((name, network), None)
                 self._sent[host, network] = [at for at in sent if at[0] == known.get(network)]
 
     def acknowledged(self, host: str, network: str, revision: int) -> None:
         """The NVE's kernel has `revision`."""
         sent = self._sent.get((host, network), [])
-        self._sent[host, network] = [at for at in sent if at[0] >= revision]
+        self._sent[host, network] = left = [at for at in sent if at[0] >= revision]
+        if left and left[0][0] == revision:
+            self._has[host, network] = left[0][1]
+        else:
+            self._has.pop((host, network), None)
+
+    def in_kernel(self, host: str, network: str) -> VnView | None:
+        """The VN as the NVE's kernel is known to have it; None when that is not known."""
+        return self._has.get((host, network))
 
     def void(self, host: str, network: str) -> None:
         """What the NVE has is not what it was told: the next push is the whole."""
         self._sent.pop((host, network), None)
+        self._has.pop((host, network), None)
 
     def news(
         self, host: str, network: str, view: VnView | None, *, again: bool = False

@@ -16,7 +16,7 @@ from overland.model.cluster import (
     VmState,
 )
 from overland.model.forecast import Forecast
-from overland.model.handover import Handover, Options
+from overland.model.handover import Handover, Options, is_up
 from overland.model.names import (
     GATEWAY_MAC,
     OVERHEAD_BYTES,
@@ -194,7 +194,8 @@ def _address_blockers(
     if network.kind == "l3":
         yield from _routed_blockers(owner, network, interface)
     for tsi in cluster.tsis():
-        if tsi.interface.network != network.name:
+        itself = (tsi.owner, tsi.interface.mac) == (owner, interface.mac)
+        if tsi.interface.network != network.name or itself:
             continue
         for mine, theirs in (
             (interface.mac, tsi.interface.mac),
@@ -238,6 +239,20 @@ def vm_blockers(cluster: Cluster, wish: Vm) -> Iterator[Refused]:
     if wish.host in cluster.hosts:
         yield from _fits(cluster, cluster.hosts[wish.host], wish)
         yield from _reach(cluster, cluster.hosts[wish.host], wish.interfaces)
+
+
+def address_blockers(cluster: Cluster, name: str, wish: Interface) -> Iterator[Refused]:
+    """Why VM `name` cannot have the addresses of `wish` on the interface that it has there."""
+    vm = cluster.vms.get(name)
+    if vm is None:
+        yield _unknown("vm", name)
+        return
+    yield from _already_moving(vm)
+    if not any(each.network == wish.network for each in vm.interfaces):
+        why = f"it has no interface in network {wish.network}"
+        yield _no("unknown_interface", f"vm {name}", why, f"`overland vm show {name}`")
+    else:
+        yield from interface_blockers(cluster, name, (wish,))
 
 
 def endpoint_blockers(cluster: Cluster, wish: Endpoint) -> Iterator[Refused]:
@@ -289,19 +304,30 @@ def move_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
     if vm is None:
         return
     what = f"vm {name}"
-    yield from (
-        refusal for refusal in host_blockers(cluster, vm.host) if refusal.code == "host_not_ready"
-    )
-    if vm.move is not None:
-        hint = f"wait for it, or `overland migration abort {vm.move}`"
-        yield _no("move_in_progress", what, f"migration {vm.move} moves it", hint)
+    yield from _away(cluster, vm.host)
+    yield from _already_moving(vm)
     if vm.state != "running" and vm.move is None:
         why = f"it is {vm.state}; a hot move needs a running VM"
         yield _no("not_running", what, why, f"`overland vm start {name}`")
     yield from _deaf_peers(cluster, vm, to)
-    host = cluster.hosts.get(to)
+    host, old = cluster.hosts.get(to), cluster.hosts.get(vm.host)
+    for each in filter(None, (old, host)):
+        if not each.pauses_by:
+            why = f"the hypervisor of host {each.name} cannot pause a VM and move it meanwhile"
+            yield _no("cold_only", what, why, "use --cold")
     if host is not None and vm.host != to:
-        yield from _compatible(cluster.hosts.get(vm.host), host, vm)
+        yield from _compatible(old, host, vm)
+
+
+def _away(cluster: Cluster, host: str) -> Iterator[Refused]:
+    blockers = host_blockers(cluster, host)
+    yield from (refusal for refusal in blockers if refusal.code == "host_not_ready")
+
+
+def _already_moving(vm: Vm) -> Iterator[Refused]:
+    if vm.move is not None:
+        hint = f"wait for it, or `overland migration abort {vm.move}`"
+        yield _no("move_in_progress", f"vm {vm.name}", f"migration {vm.move} moves it", hint)
 
 
 MIN_INTERVAL_S = 0.1
@@ -385,18 +411,24 @@ def forecast_blockers(name: str, forecast: Forecast, options: Options) -> Iterat
 
 
 def cold_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
-    """Why VM `name` cannot be moved to host `to` at rest."""
+    """Why VM `name` cannot be moved cold to host `to` now."""
     yield from _any_move_blockers(cluster, name, to)
     vm = cluster.vms.get(name)
     if vm is None:
         return
-    if vm.state not in AT_REST:
-        why = f"it is {vm.state}; a cold move needs a VM at rest"
-        yield _no("not_at_rest", f"vm {name}", why, f"`overland vm suspend {name}`, or move it hot")
+    yield from _already_moving(vm)
+    if not is_up(vm) and vm.state not in AT_REST and vm.move is None:
+        why = f"it is {vm.state}; a cold move needs a VM that is up or at rest"
+        yield _no("wrong_state", f"vm {name}", why, "wait a moment")
+    if is_up(vm):
+        yield from _deaf_peers(cluster, vm, to)
+    carries = is_up(vm) or vm.state == "suspended"
+    if carries:
+        yield from _away(cluster, vm.host)
     host, old = cluster.hosts.get(to), cluster.hosts.get(vm.host)
     if host is not None and vm.host != to:
         # A saved state runs on only where it could have run before.
-        yield from _compatible(old if vm.state == "suspended" else None, host, vm)
+        yield from _compatible(old if carries else None, host, vm)
 
 
 def _any_move_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
@@ -442,7 +474,10 @@ _FROM: dict[str, tuple[VmState, ...]] = {
     "pause": ("running",),
     "resume": ("paused", "suspended"),
     "suspend": ("running", "paused"),
-    "stop": ("running", "paused", "suspended", "crashed", "preparing"),
+    "stop": (
+        *("running", "paused", "suspended", "crashed"),
+        *("preparing", "suspending", "resuming"),
+    ),
 }
 """From which states an operator may ask for what (R-48)."""
 

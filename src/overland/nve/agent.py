@@ -118,6 +118,10 @@ class Agent:
         if failures:
             raise KernelFailure(failures[0].why)
 
+    async def dropped_in_transit(self, bridge: str, mac: str) -> dict[str, int]:
+        """Frames to `mac` dropped since it was marked, by port; taken once."""
+        return await self._kernel.dropped_in_transit(bridge, mac)
+
     async def announce(self, port: MovingPort) -> None:
         """Tell the VN by broadcast, and the ports of this host."""
         try:

@@ -14,6 +14,7 @@ from overland.model.nve import (
     BridgeEntry,
     Fact,
     HostRoute,
+    InTransit,
     KernelState,
     Link,
     Muted,
@@ -44,6 +45,7 @@ def _facts(state: KernelState) -> frozenset[Fact]:
         | state.router_neighbours
         | state.host_routes
         | state.muted
+        | state.in_transit
     )
 
 
@@ -66,6 +68,8 @@ def _slot(fact: Fact) -> Hashable:
             return ("route", router, address)
         case Muted(port=port):
             return ("muted", port)
+        case InTransit(port=port, mac=mac):
+            return ("in transit", port, mac)
         case _:
             raise AssertionError(fact)
 
@@ -74,6 +78,8 @@ def _put_order(op: Op) -> tuple[int, int, str]:
     match op.fact:
         case Muted(port=port):
             return (0, 0, port)
+        case InTransit(port=port, mac=mac):
+            return (0, 1, port + mac)
         case Link(kind=kind, name=name):
             return (1, _LINK_ORDER[kind], name)
         case TunnelEntry(device=device, mac=mac):
@@ -106,5 +112,7 @@ def _remove_order(op: Op) -> tuple[int, int, str]:
             return (5, 0, device + mac)
         case Link(kind=kind, name=name):
             return (6, -_LINK_ORDER[kind], name)
+        case InTransit(port=port, mac=mac):
+            return (7, 0, port + mac)
         case _:
             raise AssertionError(op)

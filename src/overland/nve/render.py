@@ -18,6 +18,7 @@ from overland.model.nve import (
     BridgeEntry,
     Fact,
     HostRoute,
+    InTransit,
     KernelState,
     Link,
     Muted,
@@ -42,6 +43,7 @@ def render(intent: NveIntent) -> KernelState:
         router_neighbours=frozenset(f for f in facts if isinstance(f, RouterNeighbour)),
         host_routes=frozenset(f for f in facts if isinstance(f, HostRoute)),
         muted=frozenset(f for f in facts if isinstance(f, Muted)),
+        in_transit=frozenset(f for f in facts if isinstance(f, InTransit)),
     )
 
 
@@ -74,6 +76,17 @@ def _vn(vn: VnIntent) -> Iterator[Fact]:
             yield TunnelEntry(device=vxlan, mac=remote.mac, remote=remote.nve)
             yield BridgeEntry(bridge=bridge, mac=remote.mac, port=vxlan)
             yield from _known(vn, remote)
+    yield from _in_transit(vn)
+
+
+def _in_transit(vn: VnIntent) -> Iterator[InTransit]:
+    """At every port of the VN: its tenants' own, and the one by which other NVEs come in."""
+    macs = {tsi.mac for tsi in vn.tsis if tsi.in_transit}
+    macs |= {remote.mac for remote in vn.remotes if remote.in_transit}
+    ports = [vxlan_name(vn.vni), *(port_name(tsi.owner, tsi.index) for tsi in vn.tsis)]
+    for mac in macs:
+        for port in ports:
+            yield InTransit(port=port, mac=mac)
 
 
 def _broadcast(vn: VnIntent, vxlan: str) -> Iterator[Fact]:

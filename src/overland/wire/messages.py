@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from overland.mobility.messages import AnyOrder, AnyReport
+from overland.mobility.messages import AnyOrder, AnyReport, ColdOrder
 from overland.model.cluster import Host, Mapping, Vm
 from overland.model.forecast import Gauge
 from overland.model.nve import VnChange, VnIntent
@@ -62,15 +62,13 @@ class MoveReport(Message, frozen=True, kw_only=True, tag=True):
 
 
 class VmAnswer(Message, frozen=True, kw_only=True, tag=True):
-    """A VmOrder was carried out, or why not. `text`: where to give a state.
+    """A VmOrder was carried out, or why not.
 
     `at_ns`: the instant from which a VM was recovered, by its old host's clock.
     """
 
     id: int
     failure: str | None = None
-    text: str = ""
-    given_bytes: int = 0
     gauge: Gauge | None = None
     at_ns: int = 0
 
@@ -146,14 +144,13 @@ class Complete(Message, frozen=True, kw_only=True, tag=True):
 class MoveOrder(Message, frozen=True, kw_only=True, tag=True):
     """A handover order (spec/handover.md)."""
 
-    order: AnyOrder
+    order: AnyOrder | ColdOrder
 
 
 class VmOrder(Message, frozen=True, kw_only=True, tag=True):
     """Do something to a VM; answered by VmAnswer with the same `id`.
 
-    `suspend` saves its state on the host and ends it, `wake` runs it on from there. `take` waits
-    for such a state from another host and answers where, `give` sends it there (`uri`). `gauge`
+    `suspend` saves its state on the host and ends it, `wake` runs it on from there. `gauge`
     measures how fast it writes memory, `recover` runs the newest checkpoint that was taken
     here, `forget` drops it.
     """
@@ -166,14 +163,11 @@ class VmOrder(Message, frozen=True, kw_only=True, tag=True):
         "suspend",
         "wake",
         "stop",
-        "take",
-        "give",
         "gauge",
         "recover",
         "forget",
     ]
     vm: Vm
-    uri: str = ""
 
 
 class HostQuestion(Message, frozen=True, kw_only=True, tag=True):

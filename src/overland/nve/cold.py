@@ -1,0 +1,197 @@
+"""Carries out this host's orders of cold moves.
+
+The NVE keeps no part of a cold move: what stands is what the hypervisor has on this host, a process
+or a saved state, and each order is content with being done already (ADR 0015). One order of a move
+is under way at a time; the next one takes its place, so that an order to turn back never waits for
+a state that is being carried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol, assert_never
+
+from overland.mobility import messages as m
+from overland.model.handover import Memory, Packets, is_up
+from overland.model.names import bridge_name
+from overland.model.ticket import Seal, Ticket, ticket_refusal
+from overland.ports import Hypervisor, HypervisorFailure, PortFailure
+
+log = logging.getLogger(__name__)
+
+
+class Ground(Protocol):
+    """What a cold move needs of the agent beside it."""
+
+    async def ready(self, port: str) -> None:
+        """Wait until `port` is in the kernel; KernelFailure when it does not come."""
+        ...
+
+    async def dropped_in_transit(self, bridge: str, mac: str) -> dict[str, int]:
+        """Frames to `mac` dropped since it was marked, by port; taken once."""
+        ...
+
+
+class ColdMoves:
+    """`address`: where states are taken. `say` and `opened` as in `nve.handovers`.
+
+    `seen` is told what became of a VM here: its state, None when nothing of it is left.
+    """
+
+    def __init__(
+        self,
+        nve: str,
+        address: str,
+        hypervisor: Hypervisor,
+        ground: Ground,
+        say: Callable[[m.AnyReport], None],
+        opened: Callable[[Seal | None], Ticket | str],
+        seen: Callable[[str, str | None], None],
+    ) -> None:
+        self._nve = nve
+        self._address = address
+        self._hypervisor = hypervisor
+        self._ground = ground
+        self._say = say
+        self._opened = opened
+        self._seen = seen
+        self._at_work: dict[str, tuple[m.ColdOrder, asyncio.Task[None]]] = {}
+
+    def order(self, order: m.ColdOrder) -> None:
+        """Begin `order`; its answer comes as a report. One that is under way goes on."""
+        before = self._at_work.get(order.move)
+        if before is not None:
+            former, task = before
+            if type(former) is type(order) and not task.done():
+                return
+            task.cancel()
+        task = asyncio.create_task(self._carry_out(order, before[1] if before else None))
+        self._at_work[order.move] = (order, task)
+        task.add_done_callback(lambda done: self._done(order.move, done))
+
+    def _done(self, move: str, task: asyncio.Task[None]) -> None:
+        if self._at_work.get(move, (None, None))[1] is task:
+            del self._at_work[move]
+
+    async def _carry_out(self, order: m.ColdOrder, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait({before})
+        try:
+            report = await self._report(order)
+        except PortFailure as failure:
+            report = self._failed(order, type(order).__name__, str(failure))
+        self._say(report)
+
+    def _failed(self, order: m.ColdOrder, step: str, why: str) -> m.Failed:
+        return m.Failed(move=order.move, nve=self._nve, step=step, why=why)
+
+    async def _report(self, order: m.ColdOrder) -> m.AnyReport:
+        move, nve, vm = order.move, self._nve, order.vm
+        match order:
+            case m.Associate():
+                await self._associate(order)
+                return m.Prepared(move=move, nve=nve)
+            case m.Suspend():
+                return await self._suspend(order)
+            case m.TakeState():
+                uri = await self._hypervisor.take_state(move, self._address)
+                return m.Prepared(move=move, nve=nve, uri=uri)
+            case m.GiveState(uri=uri):
+                await self._hypervisor.give_state(vm.name, uri)
+                return m.Received(move=move, nve=nve, at_ns=_now_ns())
+            case m.WakeUp() | m.DropState():
+                why = self._refusal(order)
+                if why is not None:
+                    log.warning("move %s: %s refused: %s", move, type(order).__name__, why)
+                    return self._failed(order, "ticket", why)
+                return await (self._wake if isinstance(order, m.WakeUp) else self._drop)(order)
+            case m.Return():
+                await self._return(order)
+                return m.Restored(move=move, nve=nve)
+            case m.DropCopy():
+                await self._hypervisor.drop_taken(move)
+                return m.GivenBack(move=move, nve=nve)
+            case m.Count():
+                return await self._count(order)
+            case _:
+                assert_never(order)
+
+    def _refusal(self, order: m.WakeUp | m.DropState) -> str | None:
+        """A copy runs, or ends, with the NVA's ticket for this very move only (HO-27)."""
+        ticket = self._opened(order.seal)
+        if isinstance(ticket, str):
+            return ticket
+        return ticket_refusal(
+            ticket,
+            move=order.move,
+            vm=order.vm.name,
+            ports=order.ports,
+            nve=self._nve,
+            base_version=order.vm.version,
+            now_ns=time.time_ns(),
+        )
+
+    async def _associate(self, order: m.Associate) -> None:
+        name = order.vm.name
+        if await self._hypervisor.state(name) in ("running", "paused"):
+            raise HypervisorFailure(f"a copy of {name} runs here")
+        await self._hypervisor.stop(name)  # what a former stay or move left
+        for port in order.ports:
+            await self._ground.ready(port.port)
+
+    async def _suspend(self, order: m.Suspend) -> m.Stopped:
+        stop_ns = await self._hypervisor.suspend(order.vm.name)
+        self._seen(order.vm.name, "suspended")
+        size = await self._hypervisor.saved_bytes(order.vm.name)
+        memory = Memory(total_bytes=size, remaining_bytes=size)
+        move, nve = order.move, self._nve
+        return m.Stopped(move=move, nve=nve, held_ns=0, stop_ns=stop_ns, memory=memory)
+
+    async def _wake(self, order: m.WakeUp | m.DropState) -> m.Running | m.Crashed:
+        """Its interfaces are activated: the push that says so came before (HO-22)."""
+        try:
+            await self._hypervisor.keep_state(order.vm.name, order.move)
+            self._seen(order.vm.name, "suspended")
+            at_ns = _now_ns()
+            if is_up(order.vm):
+                for port in order.ports:
+                    await self._ground.ready(port.port)
+                ports = [port.port for port in order.ports]
+                at_ns = await self._hypervisor.wake(order.vm, ports)
+                self._seen(order.vm.name, order.vm.state)
+        except PortFailure as failure:
+            return m.Crashed(move=order.move, nve=self._nve, why=str(failure))
+        return m.Running(move=order.move, nve=self._nve, at_ns=at_ns, held=0)
+
+    async def _drop(self, order: m.WakeUp | m.DropState) -> m.Closed:
+        await self._hypervisor.stop(order.vm.name)
+        self._seen(order.vm.name, None)
+        return await self._count(order)
+
+    async def _return(self, order: m.Return) -> None:
+        for port in order.ports:
+            await self._ground.ready(port.port)
+        name = order.vm.name
+        here = await self._hypervisor.state(name) or await self._hypervisor.saved_bytes(name)
+        if here:  # else it has crashed meanwhile, which has been said
+            await self._hypervisor.back_to(order.vm, [port.port for port in order.ports])
+            self._seen(name, order.vm.state)
+
+    async def _count(self, order: m.ColdOrder) -> m.Closed:
+        """At the old NVE what other NVEs sent came although they had said that they drop."""
+        old = self._nve == order.vm.host
+        dropped = residual = 0
+        for port in order.ports:
+            found = await self._ground.dropped_in_transit(bridge_name(port.vni), port.mac)
+            late = found.pop(port.device, 0) if old else 0
+            residual += late
+            dropped += sum(found.values())
+        packets = Packets(dropped={"in_transit": dropped}, residual=residual)
+        return m.Closed(move=order.move, nve=self._nve, packets=packets)
+
+
+def _now_ns() -> int:
+    return time.clock_gettime_ns(time.CLOCK_REALTIME)

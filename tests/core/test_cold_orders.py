@@ -1,0 +1,225 @@
+"""An NVE's orders of cold moves on a hypervisor in memory: repeated, refused, overtaken."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from overland.mobility import messages as m
+from overland.model.cluster import Vm
+from overland.model.nve import InTransit, NveIntent
+from overland.model.ticket import Seal, Ticket, ticket_of
+from overland.nva.cluster import Cluster
+from overland.nva.mapping import VnView
+from overland.nve.cold import ColdMoves
+from overland.nve.render import render
+from overland.ports import Hypervisor, HypervisorFailure
+from tests.core.cold_moves import after, cold
+from tests.core.moves import NEW, OLD, PORT, VM
+from tests.core.test_mapping import BLUE, cluster
+
+SEAL = Seal(ticket=b"", signature=b"", certificate=b"")
+
+
+class FakeHost:
+    """A hypervisor and its ground: `here` is the state of web's copy, `files` by name."""
+
+    def __init__(self, here: str | None = None) -> None:
+        self.here = here
+        self.files: set[str] = set()
+        self.giving = asyncio.Event()
+        self.bad_state = False
+        self.said: asyncio.Queue[m.AnyReport] = asyncio.Queue()
+        self.seen: dict[str, str | None] = {}
+        self.dropped = {"ovt1": 3, PORT.device: 2}
+
+    async def ready(self, port: str) -> None:
+        assert port == PORT.port
+
+    async def dropped_in_transit(self, bridge: str, mac: str) -> dict[str, int]:
+        assert (bridge, mac) == ("ovb42", PORT.mac)
+        return dict(self.dropped)
+
+    async def state(self, vm: str) -> str | None:
+        return self.here
+
+    async def stop(self, vm: str) -> None:
+        self.here = None
+        self.files.discard(vm)
+
+    async def suspend(self, vm: str) -> int:
+        if self.here is None and vm not in self.files:
+            raise HypervisorFailure("no process here")
+        stopped = self.here is not None
+        self.here = None
+        self.files.add(vm)
+        return 20 if stopped else 0
+
+    async def saved_bytes(self, vm: str) -> int:
+        return 9 if vm in self.files else 0
+
+    async def take_state(self, move: str, listen: str) -> str:
+        self.files.add(move)
+        return f"state:{listen}"
+
+    async def give_state(self, vm: str, uri: str) -> int:
+        await self.giving.wait()
+        return 9
+
+    async def keep_state(self, vm: str, move: str) -> None:
+        if move in self.files:
+            self.files.remove(move)
+            self.files.add(vm)
+
+    async def drop_taken(self, move: str) -> None:
+        self.files.discard(move)
+
+    async def wake(self, vm: Vm, ports: list[str]) -> int:
+        if self.here is None and (self.bad_state or vm.name not in self.files):
+            raise HypervisorFailure("no whole state")
+        self.here = vm.state
+        self.files.discard(vm.name)
+        return 50
+
+    async def back_to(self, vm: Vm, ports: list[str]) -> None:
+        await self.wake(vm, ports)
+
+
+def moves(host: FakeHost, nve: str = NEW, ticket: Ticket | str = "forged") -> ColdMoves:
+    hypervisor = cast("Hypervisor", host)
+    said, seen = host.said.put_nowait, host.seen.__setitem__
+    return ColdMoves(nve, "192.0.2.2", hypervisor, host, said, lambda _: ticket, seen)
+
+
+def order(kind: type[m.Cold], vm: Vm = VM, **more: Any) -> Any:
+    return kind(move="m1", vm=vm, ports=(PORT,), **more)
+
+
+async def answer(host: FakeHost, to: ColdMoves, given: Any) -> m.AnyReport:
+    to.order(given)
+    return await host.said.get()
+
+
+def ticket() -> Ticket:
+    return ticket_of(cold(), 2, 2**62)
+
+
+@pytest.mark.req("R-58")
+@pytest.mark.parametrize("kind", [m.WakeUp, m.DropState])
+async def test_without_a_ticket_nothing_wakes_and_nothing_goes(kind: type[m.Cold]) -> None:
+    """R-58: of a forged order, and of one for another VM, move or version."""
+    other = msgspec.structs.replace(ticket(), base_version=7)
+    for found in ("forged", other):
+        host = FakeHost()
+        host.files = {"m1", "web"}
+        said = await answer(host, moves(host, ticket=found), order(kind, version=2, seal=SEAL))
+        assert isinstance(said, m.Failed)
+        assert said.step == "ticket"
+        assert (host.here, host.files) == (None, {"m1", "web"})
+
+
+@pytest.mark.req("R-14")
+async def test_every_order_may_be_repeated() -> None:
+    """HO-42: after a restart nobody knows which of them was carried out."""
+    old, new = FakeHost("running"), FakeHost()
+    at_old, at_new = moves(old, OLD, ticket()), moves(new, NEW, ticket())
+    old.giving.set()
+    for _ in range(2):
+        assert isinstance(await answer(new, at_new, order(m.Associate)), m.Prepared)
+    for stop_ns in (20, 0):
+        stopped = await answer(old, at_old, order(m.Suspend))
+        assert isinstance(stopped, m.Stopped)
+        assert (stopped.stop_ns, stopped.memory.total_bytes) == (stop_ns, 9)
+    for _ in range(2):
+        assert isinstance(await answer(new, at_new, order(m.TakeState)), m.Prepared)
+        assert isinstance(await answer(old, at_old, order(m.GiveState, uri="u")), m.Received)
+    for _ in range(2):
+        woken = await answer(new, at_new, order(m.WakeUp, version=2, seal=SEAL))
+        assert isinstance(woken, m.Running)
+        assert (new.here, new.files) == ("running", set())
+    for _ in range(2):
+        closed = await answer(old, at_old, order(m.DropState, version=2, seal=SEAL))
+        assert isinstance(closed, m.Closed)
+        assert (old.here, old.files) == (None, set())
+
+
+@pytest.mark.req("R-33")
+async def test_what_came_from_others_is_residual_at_the_old_nve_only() -> None:
+    for nve, expected in ((OLD, (3, 2)), (NEW, (5, 0))):
+        host = FakeHost()
+        closed = await answer(host, moves(host, nve), order(m.Count))
+        assert isinstance(closed, m.Closed)
+        assert (closed.packets.dropped["in_transit"], closed.packets.residual) == expected
+
+
+async def test_the_order_to_turn_back_does_not_wait_for_a_state_on_its_way() -> None:
+    host = FakeHost("running")
+    at = moves(host, OLD)
+    await answer(host, at, order(m.Suspend))
+    at.order(order(m.GiveState, uri="u"))
+    at.order(order(m.GiveState, uri="u"))
+    await asyncio.sleep(0)
+    assert isinstance(await answer(host, at, order(m.Return)), m.Restored)
+    assert (host.here, host.files, host.said.qsize()) == ("running", set(), 0)
+
+
+async def test_a_vm_that_crashed_meanwhile_is_not_made_again() -> None:
+    host = FakeHost()
+    assert isinstance(await answer(host, moves(host, OLD), order(m.Return)), m.Restored)
+    assert host.here is None
+
+
+async def test_a_state_that_does_not_wake_stays_on_the_disk_as_the_vms_own() -> None:
+    host = FakeHost()
+    host.files, host.bad_state = {"m1"}, True
+    wake = order(m.WakeUp, version=2, seal=SEAL)
+    said = await answer(host, moves(host, ticket=ticket()), wake)
+    assert isinstance(said, m.Crashed)
+    assert host.files == {"web"}
+
+
+@pytest.mark.req("R-48")
+@pytest.mark.parametrize(("state", "here"), [("paused", "paused"), ("suspended", None)])
+async def test_a_vm_wakes_no_further_than_it_was(state: str, here: str | None) -> None:
+    host = FakeHost()
+    host.files = {"m1"}
+    vm = msgspec.structs.replace(VM, state=state)
+    wake = order(m.WakeUp, vm, version=2, seal=SEAL)
+    assert isinstance(await answer(host, moves(host, ticket=ticket()), wake), m.Running)
+    assert host.here == here
+    assert host.seen == {"web": state}, "the next Hello says so, else it would count as crashed"
+
+
+async def test_a_copy_that_runs_here_is_not_touched() -> None:
+    host = FakeHost("running")
+    assert isinstance(await answer(host, moves(host), order(m.Associate)), m.Failed)
+    assert host.here == "running"
+
+
+def in_transit(now: Cluster, host: str) -> set[str]:
+    """The ports at which `host` drops what is for web."""
+    state = render(NveIntent(vns=(VnView(now, BLUE).intent(host),)))
+    assert {type(each) for each in state.in_transit} <= {InTransit}
+    return {each.port for each in state.in_transit}
+
+
+@pytest.mark.req("R-33")
+def test_others_drop_first_the_old_nve_last_and_nobody_once_it_runs() -> None:
+    """From record to kernel: staged, paused, converging; and the mapping stays all the while."""
+    now = cluster("migrating")
+    now.vms["web"] = msgspec.structs.replace(now.vms["web"], move="m1")
+    for record, here, there in (
+        (after("planned", 1), False, False),
+        (after("staged", 1), False, True),
+        (after("paused", 2), True, True),
+        (after("committed", 1), True, True),
+        (after("converging", 1), False, False),
+    ):
+        now.moves["m1"] = record
+        assert bool(in_transit(now, "h1")) is here, record.phase
+        assert bool(in_transit(now, "h2")) is there, record.phase
+        assert ("ovx42" in in_transit(now, "h2")) is there
+        assert len(VnView(now, BLUE).intent("h2").remotes) == 1
