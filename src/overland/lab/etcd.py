@@ -28,7 +28,7 @@ def command(
         *("--initial-cluster", ",".join(f"{each}={url}" for each, url in cluster.items())),
         # Without this every change would be kept for ever, until the disk is full.
         *("--auto-compaction-retention", "1h"),
-        *("--logger", "zap", "--log-level", "warn"),
+        *("--logger", "zap", "--log-level", "error"),
     ]
     if pair is not None:
         ca, certificate, key = map(str, pair)
