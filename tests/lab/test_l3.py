@@ -63,15 +63,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             ):
                 endpoint = ("--host", host, "--network", network, "--lab", LAB)
                 ok("lab", "endpoint", "add", name, *endpoint)
-            ok(
-                "vm",
-                "create",
-                "web",
-                "--network",
-                "red,ipv4=10.42.0.50,ipv6=fd42::50",
-                "--host",
-                "h1",
-            )
+            face = "red,ipv4=10.42.0.50,ipv6=fd42::50"
+            ok("vm", "create", "web", "--host", "h1", "--network", face)
             guest("true")
             yield
         finally:
@@ -93,11 +86,7 @@ def test_a_router_takes_one_hop_and_names_itself(lab: None, family: int) -> None
         assert "ttl=63" in ping(peer, VM[family]).stdout
         assert "ttl=64" in ping(peer, GATEWAY[family]).stdout
         expired = ping(peer, VM[family], "-t1")
-        assert re.search(
-            rf"From {GATEWAY[family]} .*(Time to live|Hop limit|Time) exceeded",
-            expired.stdout,
-            re.I,
-        )
+        assert re.search(rf"From {GATEWAY[family]} .*exceeded", expired.stdout)
     hops = guest(f"traceroute -{family} -n -q1 -w2 -m4 {VM[family].replace('50', '3')}")
     assert re.findall(r"^ ?\d  (\S+)", hops, re.MULTILINE)[0] == GATEWAY[family]
 

@@ -102,7 +102,9 @@ class Routers:
         namespace = router_namespace(self._prefix, link.name)
         with inside(path_of(namespace)):
             for knob, value in _KNOBS.items():
-                Path("/proc/sys/net", knob).write_text(str(value))
+                path = Path("/proc/sys/net", knob)
+                if path.exists():  # those of IPv6 are not where the kernel has none
+                    path.write_text(str(value))
         lines = ["link set lo up", f"link set {INNER} mtu {link.mtu} up"]
         for gateway in link.gateways:
             subnet = ipaddress.ip_interface(gateway)
