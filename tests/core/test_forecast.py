@@ -146,6 +146,7 @@ def test_the_last_move_teaches() -> None:
         moved(4, NEW, "h3", 60, 8.0),
         moved(5, NEW, OLD, 99, 6.0, "db"),
         msgspec.structs.replace(moved(6, OLD, NEW, 1, 1.0), outcome="aborted"),
+        msgspec.structs.replace(moved(7, OLD, NEW, 1, 1.0), mode="cold"),
     ]
     assert seen_before(ended, VM, NEW) == (6.0, 0.6)
     assert seen_before([], VM, NEW) == (0.0, 1.0)

@@ -410,6 +410,10 @@ class LinuxHandoverPath:
             raise KernelFailure(f"entry of {mac} in {bridge}: {error}") from None
 
     def _respond_on(self, device: str) -> None:
+        """A device made anew is not heard by who listened to the former one of its name."""
+        known = self._responders.get(device)
+        if known is not None and known.index != interface_index(device):
+            self._silent(device)
         if device not in self._responders:
             self._responders[device] = pathframe.Responder(device)
 

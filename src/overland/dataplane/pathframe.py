@@ -72,7 +72,7 @@ def _only_path_frames() -> tuple[_Filter, ctypes.Array[ctypes.c_char]]:
 
 
 class Responder:
-    """Answers the questions that arrive on one device (a VXLAN device or a tunnel)."""
+    """Answers the questions that arrive on one device (a VXLAN device or a tunnel), `index`."""
 
     def __init__(self, device: str) -> None:
         self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK)
@@ -84,6 +84,7 @@ class Responder:
         except OSError as error:
             self._sock.close()
             raise KernelFailure(f"{device}: {error.strerror}") from None
+        self.index = socket.if_nametoindex(device)
         asyncio.get_running_loop().add_reader(self._sock, self._arrived)
 
     def _arrived(self) -> None:

@@ -60,7 +60,7 @@ def forecast(
 def seen_before(ended: Iterable[Handover], vm: Vm, to: str) -> tuple[float, float]:
     """(bytes/s of the last move between these hosts, part of memory this VM's last move sent)."""
     measured, filled = 0.0, 1.0
-    moved = (each for each in ended if each.outcome == "moved" and each.mode == "hot")
+    moved = (each for each in ended if each.outcome == "moved" and each.mode != "cold")
     for move in sorted(moved, key=lambda each: each.commit_ns):
         if {move.old_nve, move.new_nve} == {vm.host, to} and move.memory.bandwidth_bytes_per_s:
             measured = move.memory.bandwidth_bytes_per_s
