@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/bench-chaos.json"))
     options = parser.parse_args()
     os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="chaos-")  # a context of our own
-    lab = Lab("chaos")
+    lab = Lab("chaos", small_disks=True)
     lab.up("ov.dirty=16,10")
     results = []
     try:

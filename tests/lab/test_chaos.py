@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.root, pytest.mark.qemu, pytest.mark.timeout(240)]
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
-        lab = Lab("ovchaos")
+        lab = Lab("ovchaos", small_disks=True)
         lab.up("ov.dirty=16,10")
         try:
             yield lab
