@@ -70,6 +70,22 @@ async def test_a_cold_move_shows_migrating_and_ends_as_it_began() -> None:
     assert (authority.vm("web").state, authority.vm("web").move) == ("paused", None)
 
 
+@pytest.mark.req("R-34")
+async def test_with_the_commit_a_vm_at_rest_is_free_again() -> None:
+    """Nothing has to converge: the commit ends the move, and no later write sets the VM free."""
+    authority = await domain()
+    await authority.vm_state("web", "shutdown")
+    record = await authority.begin_move("m1", "web", "h2", Options(), cold=True)
+    ended = msgspec.structs.replace(
+        record, phase="closed", outcome="moved", version=record.version + 1
+    )
+    await authority.commit(ended)
+    vm = authority.vm("web")
+    assert (vm.host, vm.state, vm.move, vm.version) == ("h2", "shutdown", None, 2)
+    assert authority.move("m1") == ended
+    assert not await authority.open_moves()
+
+
 def remote(authority: Authority) -> tuple[str | None, str | None, int]:
     intent: VnIntent = VnView(authority.cluster, BLUE).intent("h2")
     (found,) = intent.remotes

@@ -432,15 +432,18 @@ class Authority:
                 vm = msgspec.structs.replace(vm, move=None, state=_state_after(record, vm))
                 puts[f"vm/{vm.name}"] = vm
             await self._write(puts)
-            if ended:
-                self.cluster.moves.pop(record.id, None)
-                self.ended_moves[record.id] = record
-            else:
-                self.cluster.moves[record.id] = record
+            self._note_move(record)
             if vm is not None:
                 self.cluster.vms[vm.name] = vm
         if ended:
             self._changed(frozenset(port.network for port in record.ports))
+
+    def _note_move(self, record: Handover) -> None:
+        if record.phase in ENDED:
+            self.cluster.moves.pop(record.id, None)
+            self.ended_moves[record.id] = record
+        else:
+            self.cluster.moves[record.id] = record
 
     async def commit(self, record: Handover) -> None:
         """The point of no return: version, place and journal in one compare-and-set (HO-3).
@@ -455,9 +458,11 @@ class Authority:
             vm = msgspec.structs.replace(
                 vm, version=record.version, host=record.new_nve, state=state
             )
+            if record.phase in ENDED:  # at rest: with the commit all is done
+                vm = msgspec.structs.replace(vm, move=None, state=_state_after(record, vm))
             await self._write({f"move/{record.id}": record, f"vm/{vm.name}": vm})
             self.cluster.vms[vm.name] = vm
-            self.cluster.moves[record.id] = record
+            self._note_move(record)
 
     def publish(self, record: Handover) -> None:
         """Tell the subscribers of a committed move's VNs."""
