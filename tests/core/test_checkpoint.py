@@ -107,6 +107,14 @@ async def test_a_full_disk_is_said_to_the_old_host(keeper: Keeper) -> None:
     keeper.path("web").with_name(".web.part").rmdir()
 
 
+async def test_half_of_one_that_a_killed_daemon_left_goes_as_well(keeper: Keeper) -> None:
+    part = keeper.path("web").with_name(".web.part")
+    part.parent.mkdir()
+    part.write_bytes(b"half")
+    await keeper.drop("web")
+    assert not list(part.parent.iterdir())
+
+
 async def test_listening_again_drops_what_a_former_move_left(keeper: Keeper) -> None:
     first = await keeper.listen("web", "127.0.0.1")
     await given(first, STATE, 5)

@@ -187,14 +187,22 @@ class Keeper:
         await asyncio.wait({listening.task})
 
     async def drop(self, vm: str) -> None:
-        """Take no more, and forget what was taken. Content with absence."""
+        """Take no more, and forget what was taken, also what a killed daemon had half of it.
+
+        Content with absence.
+        """
         await self.refused(vm)
-        self.path(vm).unlink(missing_ok=True)
+        for each in (self.path(vm), _part(self.path(vm))):
+            each.unlink(missing_ok=True)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
 
 
 def _take(giver: socket.socket, secret: bytes, path: Path) -> None:
     """Keep what comes at `path`, if it is whole; else nothing of it."""
-    part = path.with_name(f".{path.name}.part")
+    part = _part(path)
     with giver, contextlib.suppress(OSError):
         if not secrets.compare_digest(giver.recv(_SECRET_BYTES, socket.MSG_WAITALL), secret):
             return
