@@ -54,6 +54,7 @@ class SimAgent:
         self._vns: dict[str, VnIntent] = {}
         self._turns: deque[Whole | Update | Prepare] = deque()
         self._at_work = False
+        self._behind: Callable[[], None] | None = None
         self._rounds: deque[Done] = deque()
         self._looking = False
         self._links: frozenset[str] = frozenset()
@@ -95,10 +96,17 @@ class SimAgent:
         """Apply it once no part of a peer is behind it (HO-28), then acknowledge (HO-12)."""
         remotes = {each.mac: each.version for vn in self._vns.values() for each in vn.remotes}
         if self._host.turns_first(remotes) and self._host.world.now_s < limit_s:
-            self._host.while_it_lives(0.001, lambda: self._want(push, limit_s))
+            self._behind = lambda: self._want(push, limit_s)
+            self._host.while_it_lives(TURN_LIMIT_S, self.part_changed)
             return
         self.intent = NveIntent(vns=tuple(self._vns.values()))
         self.reconcile(lambda failures: self._applied(push, failures))
+
+    def part_changed(self) -> None:
+        """The handover has gone on: a push may have waited for that."""
+        again, self._behind = self._behind, None
+        if again is not None:
+            again()
 
     def _applied(self, push: Whole | Update, failures: Failures) -> None:
         self.revisions.applied(NETWORK, push.revision, held=NETWORK in self._vns)

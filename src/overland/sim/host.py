@@ -154,6 +154,7 @@ class SimHost:
             self.part = self.kept = None
             self._void()
             self.agent.moving(frozenset())
+        self.agent.part_changed()
         self._next()
 
     def _moving(self) -> frozenset[Moving]:

@@ -332,12 +332,15 @@ class World:
             return
         host.connected = False
         host.link += 1
-        link = host.link
-        self.later(LEASE_S, lambda: self._lease_ended(host, link))
+        self._watch_lease(host)
         self.later(0.05 + self.random.random(), lambda: self._reconnect(host))
 
-    def _lease_ended(self, host: SimHost, link: int) -> None:
-        if not self.nva_alive or host.connected or host.link != link:
+    def _watch_lease(self, host: SimHost) -> None:
+        link, life = host.link, self.nva_life
+        self.later(LEASE_S, lambda: self._lease_ended(host, link, life))
+
+    def _lease_ended(self, host: SimHost, link: int, life: int) -> None:
+        if host.connected or host.link != link or life != self.nva_life:
             return
         dead = self.random.random() < 0.5
         self.note("nva", f"{host.name} is {'dead' if dead else 'away'}")
@@ -398,11 +401,11 @@ class World:
         match kind:
             case "abort":
                 self._step(m.Abort(why="operator"))
-            case "nva":
+            case "nva" if self.nva_alive:
                 self.nva_alive = False
-                self.nva_life += 1
                 for each in self.hosts.values():
                     self._disconnect(each)
+                self.nva_life += 1
                 self.later(seconds, self._nva_restart)
             case "daemon" if host.alive:
                 host.crash()
@@ -436,7 +439,7 @@ class World:
         # Its clock may have been set back meanwhile.
         self._load(self.random.choice((1, self._now_ns())))
         for host in self.hosts.values():
-            self.later(LEASE_S, lambda h=host, link=host.link: self._lease_ended(h, link))  # type: ignore[misc]
+            self._watch_lease(host)
         self.record = self.authority.cluster.moves.get(f"m{self._moves}")
         self.published = self.version if self.record is None else 0
         self._step(m.Start())
