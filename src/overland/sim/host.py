@@ -350,7 +350,8 @@ class SimHost:
     def _beside(self, effect: m.Do, stage: str) -> None:
         if not isinstance(effect, m.WatchTransfer):
             name = type(effect).__name__
-            if self.copy == ("whole" if isinstance(effect, m.AwaitCopy) else "sent"):
+            awaited = ("whole", "running") if isinstance(effect, m.AwaitCopy) else ("sent",)
+            if self.copy in awaited:
                 self.event(m.Done(effect=name, number=1))
             elif self.copy != "none":
                 self._waiting.append(self._in_this_part(lambda: self._beside(effect, stage)))

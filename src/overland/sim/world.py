@@ -20,7 +20,7 @@ from overland.mobility import messages as m
 from overland.model.handover import ENDED, Handover, Options, committed
 from overland.model.nve import NveIntent
 from overland.nva.authority import Authority
-from overland.nva.handovers import RETRY_S, last_orders
+from overland.nva.handovers import RETRY_S, begins_to_close, last_orders
 from overland.nva.pushes import Update, Whole
 from overland.ports import Conflict, StoreFailure
 from overland.sim.agent import rendered
@@ -87,6 +87,7 @@ class World:
         self.old, self.new = "h1", "h2"
         self.record: Handover | None = None
         self._unwritten = False
+        self._events: list[m.CoordinatorEvent] = []
         self.nva_alive = True
         self.nva_life = 0
         self.published = 0
@@ -180,7 +181,10 @@ class World:
     # ------------------------------------------------------------ the NVA (nva/handovers.py)
 
     def _step(self, event: m.CoordinatorEvent) -> None:
-        if self.record is None or not self.nva_alive or self._unwritten:
+        if self.record is None or not self.nva_alive:
+            return
+        if self._unwritten:
+            self._events.append(event)
             return
         before = self.record
         after, effects = coordinator.step(before, event, self.now_s, self._now_ns())
@@ -189,17 +193,22 @@ class World:
             after, effects = self._journalled(before, after, effects)
         if self._unwritten:
             return
-        if after.phase != before.phase:
-            self.note("nva", f"{before.phase} -> {after.phase}")
+        self._written_down(after, effects)
+        if commits:
+            self._commit()
+
+    def _written_down(self, after: Handover, effects: tuple[m.CoordinatorEffect, ...]) -> None:
+        """The record is `after` now: its effects may be seen."""
+        assert self.record is not None
+        if after.phase != self.record.phase:
+            self.note("nva", f"{self.record.phase} -> {after.phase}")
         self.record = after
         for effect in effects:
             if isinstance(effect, m.Tell):
                 self._tell(effect.nve, effect.order)
-        if commits:
-            self._commit()
-        elif committed(self.record.phase) and self.published < self.version:
+        if committed(after.phase) and self.published < self.version:
             self._publish()
-        if self.record is not None and self.record.phase in ENDED:
+        if after.phase in ENDED:
             self.record = None
 
     def _journalled(
@@ -209,21 +218,27 @@ class World:
         try:
             self._written(lambda: at_once(self.authority.journal(after)))
         except StoreFailure as failure:
-            if after.phase in ENDED:
+            if after.phase in ENDED or begins_to_close(before, after):
                 self._unwritten = True
                 life = self.nva_life
-                self.later(RETRY_S, lambda: self._write_again(after, life))
+                self.later(RETRY_S, lambda: self._write_again(after, effects, life))
             elif not committed(after.phase) and after.phase != "aborting":
                 abort = m.Abort(why=str(failure))
                 return coordinator.step(before, abort, self.now_s, self._now_ns())
         return after, effects
 
-    def _write_again(self, last: Handover, life: int) -> None:
-        if self.nva_alive and life == self.nva_life and self.record is not None:
-            self._unwritten = False
-            self._journalled(self.record, last, ())
-            if not self._unwritten:
-                self.record = None
+    def _write_again(
+        self, after: Handover, effects: tuple[m.CoordinatorEffect, ...], life: int
+    ) -> None:
+        if not (self.nva_alive and life == self.nva_life and self.record is not None):
+            return
+        self._unwritten = False
+        self._journalled(self.record, after, effects)
+        if not self._unwritten:
+            self._written_down(after, effects)
+            events, self._events = self._events, []
+            for event in events:
+                self._step(event)
 
     def _written(self, write: Callable[[], None]) -> None:
         if self.store_full:
@@ -436,6 +451,7 @@ class World:
 
     def _nva_restart(self) -> None:
         self.nva_alive, self._unwritten = True, False
+        self._events.clear()
         # Its clock may have been set back meanwhile.
         self._load(self.random.choice((1, self._now_ns())))
         for host in self.hosts.values():
