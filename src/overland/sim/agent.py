@@ -82,9 +82,7 @@ class SimAgent:
         if judgement == "take":
             self._at_work = True
             vn = (
-                push.intent
-                if isinstance(push, Whole)
-                else changed(self._vns[NETWORK], push.change)
+                push.intent if isinstance(push, Whole) else changed(self._vns[NETWORK], push.change)
             )
             if vn is None:
                 self._vns.pop(NETWORK, None)

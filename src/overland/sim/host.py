@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 MACHINES = {"old": old_nve, "new": new_nve, "peer": peer_nve}
 Copy = Literal["none", "running", "paused", "incoming", "whole", "sent"]
 MARKER_AGAIN_S, MARKER_LIMIT_S = 0.25, 3.0
+LOOKS = 0.3
+"""How often the agent looks at the kernel right after a handover has written to it."""
+
 READY_LOOK_S, READY_LIMIT_S = 0.005, 10.0
 
 Frame = tuple[str, int]
@@ -163,11 +166,7 @@ class SimHost:
             return frozenset()
         role, version = self.part.role, self.base_version
         return frozenset(
-            {
-                Moving(
-                    role=role, mac=MAC, port=PORT, device=DEVICE, bridge=BRIDGE, version=version
-                )
-            }
+            {Moving(role=role, mac=MAC, port=PORT, device=DEVICE, bridge=BRIDGE, version=version)}
         )
 
     def turns_first(self, versions: dict[str, int]) -> bool:
@@ -285,6 +284,12 @@ class SimHost:
     def _Forget(self, effect: m.Do) -> None:
         self._disarm()
         self._ok(effect)
+
+    def _write(self, ops: tuple[Op, ...]) -> None:
+        """The handover's own entries; now and then the agent looks just then."""
+        self.apply(ops)
+        if self.world.random.random() < LOOKS:
+            self.look()
 
     def _ArmPorts(self, effect: m.Do) -> None:
         self._arm(effect, self.world.now_s + READY_LIMIT_S)
@@ -415,7 +420,7 @@ class SimHost:
         assert isinstance(effect, m.SteerHere)
         assert self.part is not None
         if self.part.role == "old":
-            self.apply(_turned(None if effect.back else self.world.new))
+            self._write(_turned(None if effect.back else self.world.new))
             self._ok(effect)
             return
         self.held = self.held if self.held is not None else deque()
@@ -436,9 +441,9 @@ class SimHost:
         if effect.local:
             for frame in held or ():
                 self._at_port(frame)
-            self.apply(_local(PORT))
+            self._write(_local(PORT))
         else:
-            self.apply(_entry(self.world.old if effect.back else self.world.new))
+            self._write(_entry(self.world.old if effect.back else self.world.new))
             for frame in held or ():
                 self._launch(frame)
         if proved:
@@ -450,7 +455,7 @@ class SimHost:
         if self.gate is None:
             self._broken(effect, "the gate is not armed")
             return
-        self.apply((Op(verb="remove", fact=Muted(port=PORT)),))
+        self._write((Op(verb="remove", fact=Muted(port=PORT)),))
         self._ok(effect)
 
     def _ResumeVm(self, effect: m.Do) -> None:

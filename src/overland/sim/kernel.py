@@ -1,4 +1,4 @@
-"""A host's kernel as a value: what is in it, what a write makes of it, and where a frame goes by it.
+"""A host's kernel as a value: what a write makes of it, and where a frame goes by it.
 
 It refuses what Linux refuses (an entry by a port that is not there), and a device that goes takes
 its entries along.
@@ -91,8 +91,12 @@ def way(state: KernelState, device: str, mac: str) -> str | None:
 
 def difference(one: KernelState, other: KernelState) -> str:
     """What only one of the two has, in words."""
-    mine, others = ({f for name in _FIELDS.values() for f in getattr(s, name)} for s in (one, other))
-    return f"too much: {sorted(map(repr, mine - others))}, missing: {sorted(map(repr, others - mine))}"
+    mine, others = (
+        {f for name in _FIELDS.values() for f in getattr(s, name)} for s in (one, other)
+    )
+    return (
+        f"too much: {sorted(map(repr, mine - others))}, missing: {sorted(map(repr, others - mine))}"
+    )
 
 
 def _state(facts: dict[Hashable, Fact]) -> KernelState:

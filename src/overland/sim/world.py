@@ -276,7 +276,9 @@ class World:
 
     def acknowledge(self, host: SimHost, push: Whole | Update, failures: Failures) -> None:
         """NVE `host` has `push` in its kernel, but for the failures."""
-        self.note(host.name, f"has {push.revision}{' but for ' if failures else ''}{failures or ''}")
+        self.note(
+            host.name, f"has {push.revision}{' but for ' if failures else ''}{failures or ''}"
+        )
         self._say(host, lambda: self._acknowledged(host, push, failures))
 
     def _acknowledged(self, host: SimHost, push: Whole | Update, failures: Failures) -> None:
