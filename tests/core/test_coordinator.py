@@ -115,6 +115,16 @@ def test_memory_that_differs_at_equality_never_commits() -> None:
     assert not any(isinstance(effect, m.Commit) for effect in effects)
 
 
+@pytest.mark.req("R-46")
+@pytest.mark.parametrize("said", [m.GivenBack(move="m1", nve=NEW), m.Restored(move="m1", nve=OLD)])
+def test_what_a_former_nva_turned_back_is_aborted(said: m.AnyReport) -> None:
+    """HO-49: it could not write the abort, and was killed. After the commit it means nothing."""
+    record, effects = step(in_phase("precopy"), said, 0.0, 1)
+    assert record.phase == "aborting"
+    assert m.Tell(nve=NEW, order=m.GiveBack(move="m1")) in effects
+    assert step(in_phase("committed"), said, 0.0, 1)[0].phase == "committed"
+
+
 @pytest.mark.req("R-42")
 def test_the_tunnel_lives_exactly_until_the_last_subscriber_acknowledged() -> None:
     record = in_phase("converging")

@@ -15,7 +15,7 @@ import pytest
 from overland.lab import lab as labs
 from overland.lab.topology import topology
 from overland.mobility import messages as m
-from overland.model.handover import Handover, Memory
+from overland.model.handover import Handover, Memory, committed
 from overland.nva.handovers import Handovers
 from overland.ports import Put, StoreFailure
 from overland.store.sqlite import SqliteStore
@@ -143,9 +143,11 @@ class FullDisk:
     def __init__(self) -> None:
         self.free = False
         self.written: list[Handover] = []
+        self.refused: list[Handover] = []
 
     async def journal(self, record: Handover) -> None:
         if not self.free:
+            self.refused.append(record)
             raise StoreFailure("store nva.db: database or disk is full")
         self.written.append(record)
 
@@ -153,10 +155,23 @@ class FullDisk:
         await self.journal(record)
 
     def publish(self, record: Handover) -> None:
-        raise AssertionError("nothing was committed")
+        assert committed(record.phase)
 
     async def open_moves(self) -> list[Handover]:
         return []
+
+
+async def test_nobody_is_told_to_close_before_that_is_written() -> None:
+    """HO-48: a restarted NVA must not go on from a record whose NVEs have forgotten the move."""
+    records = FullDisk()
+    told: list[m.AnyOrder | m.ColdOrder] = []
+    moves = Handovers(records, lambda _, order: told.append(order), lambda _: None)
+    moves.begin(msgspec.structs.replace(in_phase("drained"), closing=False, deadline_s=0.0))
+    await until(lambda: any(record.closing for record in records.refused))
+    assert m.Close not in map(type, told)
+    records.free = True
+    await until(lambda: m.Close in map(type, told))
+    assert records.written[-1].closing
 
 
 @pytest.mark.parametrize("phase", ["precopy", "paused"])

@@ -17,6 +17,7 @@ from tests.core.parts import (
     GIVE_BACK,
     ORDERS,
     RESTORE,
+    RETIRE,
     WAYS,
     Role,
     Underway,
@@ -273,6 +274,27 @@ def test_what_waits_at_the_new_nve_goes_back_whatever_becomes_of_its_copy(broken
     for column in ("returning", "closing"):
         after = WAYS["new"][column].hears(m.Broken(effect=broken, why="died"))
         assert after.waits_for("ReleaseInto")
+
+
+@pytest.mark.req("R-14")
+@pytest.mark.parametrize("column", ["returning", "closing"])
+def test_a_turn_that_fails_does_not_save_the_copy_whose_end_stood_behind_it(column: str) -> None:
+    """HO-46; an end that failed itself is not tried for ever."""
+    broken = WAYS["new"][column].hears(m.Broken(effect="SteerHere", why="no marker"))
+    assert broken.waits_for("StopCopy") or broken.waits_for("DropStale")
+    ended = WAYS["new"][column].hears(m.Broken(effect="StopCopy", why="it does not end"))
+    assert not ended.waits_for("StopCopy")
+
+
+@pytest.mark.req("R-14")
+@pytest.mark.parametrize("column", ["armed", "sending", "stopping"])
+def test_an_old_nve_that_has_forgotten_its_stop_is_retired_and_closes(column: str) -> None:
+    """HO-47: its disk was full when it stopped, and its daemon was killed after the commit."""
+    back = WAYS["old"][column].restarted().hears(RETIRE)
+    assert back.part.retired
+    closing = back.hears(CLOSE)
+    assert closing.waits_for("StopCopy")
+    assert closing.until("closed").part.stage == "closed"
 
 
 @pytest.mark.req("R-42")

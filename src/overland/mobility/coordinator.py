@@ -135,6 +135,9 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             if committed(record.phase) and nve not in names(record.acknowledged):
                 record = msgspec.structs.replace(record, acknowledged=(*record.acknowledged, seen))
             return _converge(record, now_s, now_ns)
+        case GivenBack(nve=nve) | Restored(nve=nve) if record.phase != "aborting":
+            # A former NVA turned the move back and could not write that down (HO-49).
+            return _abort(record, f"{nve} has turned back already", now_s, now_ns)
         case GivenBack(nve=nve):
             return _given_back(record, nve, now_s, now_ns)
         case Restored():
@@ -513,7 +516,7 @@ def _abort(record: Handover, why: str, now_s: float, now_ns: int) -> Step:
 
 
 def _given_back(record: Handover, nve: str, now_s: float, now_ns: int) -> Step:
-    if record.phase != "aborting" or record.restored or nve != record.new_nve:
+    if record.restored or nve != record.new_nve:
         return record, ()
     return _restore(record, now_s, now_ns)
 
@@ -529,7 +532,7 @@ def _restore(record: Handover, now_s: float, now_ns: int) -> Step:
 
 def _restored(record: Handover, now_s: float, now_ns: int) -> Step:
     """The VM runs at the old host: peers that were steered turn back before anything goes."""
-    if record.phase != "aborting" or record.restored:
+    if record.restored:
         return record, ()
     record = msgspec.structs.replace(
         record,

@@ -123,7 +123,7 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             part = msgspec.structs.replace(part, keep=keep)
             return to(part, "closing", *_own_copy(part), *_GIVE_BACK, CleanUp(keep=keep))
         case "closing", Broken(effect=effect) if effect != "CleanUp":
-            rest = () if part.version or effect in _GIVING_BACK else _GIVE_BACK
+            rest = () if part.version else _stood_behind(part, effect)
             return part, (*rest, CleanUp(keep=part.keep))
         case "closing", Broken():
             # What could not be removed is swept when the daemon starts again.
@@ -135,7 +135,7 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             return to(part, "returning", *_own_copy(part), *_GIVE_BACK)
         case "returning", Broken(effect=effect) if effect not in _GIVING_BACK:
             # What waits goes back whatever becomes of the copy.
-            return part, _GIVE_BACK
+            return part, _stood_behind(part, effect)
         case "returning", Done(effect="ReleaseInto") | Broken():
             part = msgspec.structs.replace(part, stage="returned")
             return part, _said(part)
@@ -158,6 +158,19 @@ _GIVE_BACK: tuple[Do, ...] = (
     ReleaseInto(tunnel=True),
 )
 _GIVING_BACK = {type(effect).__name__ for effect in _GIVE_BACK}
+
+
+_ENDING_THE_COPY = {"StopCopy", "DropStale", "RefuseCheckpoints"}
+
+
+def _stood_behind(part: Part, effect: str) -> tuple[Do, ...]:
+    """What of the way back stood in line behind `effect`, and went with its failure.
+
+    Behind a turn that was under way when the order to give back came, that is all of it (HO-46).
+    """
+    if effect in _GIVING_BACK:
+        return ()
+    return _GIVE_BACK if effect in _ENDING_THE_COPY else (*_own_copy(part), *_GIVE_BACK)
 
 
 def _own_copy(part: Part) -> tuple[Do, ...]:

@@ -120,6 +120,13 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
         case "stopped", Retire(version=version) if not part.retired:
             part = msgspec.structs.replace(part, retired=True, version=version)
             return part, (MuteBroadcast(),)
+        case (
+            "arming" | "armed" | "checkpointing" | "resting" | "sending" | "stopping",
+            Retire(version=version),
+        ):
+            # Committed, so it had stopped: what says so could not be written (HO-47).
+            part = msgspec.structs.replace(part, retired=True, version=version, failure=None)
+            return to(part, "stopped", *_REDIRECTING, MuteBroadcast())
         case "stopped", Broken(effect=effect, why=why) if effect != "vm" and not part.retired:
             return failed(part, effect, why)
         case "stopped", Broken(effect="MakeTunnel" | "ArmPorts"):
@@ -272,6 +279,7 @@ def _restore(part: Part) -> PartStep:
             return to(part, "returning", *_HOME)
 
 
+_REDIRECTING: tuple[Do, ...] = (MakeTunnel(to="new"), ArmPorts(), ReleaseInto(tunnel=True))
 _HOME: tuple[Do, ...] = (
     ArmPorts(),
     CancelSend(),
@@ -323,7 +331,7 @@ def _resumed(part: Part) -> PartStep:
             return to(part, "stopping", *again, *said)
         case "stopped":
             mute = (MuteBroadcast(),) if part.retired else ()
-            return part, (*again, ReleaseInto(tunnel=True), *mute)
+            return part, (*_REDIRECTING, *mute)
         case "returning":
             return to(part, "returning", *_HOME)
         case "closing":

@@ -193,7 +193,8 @@ class _Move:
         """Write `after`; when that is not possible a move that may still turn back does so.
 
         On the way back, and after the commit, it goes on without: there the next write tells all.
-        The last record is written however long it takes: it sets the VM free.
+        Two records are written however long it takes: the last one, which sets the VM free, and
+        that of a committed move with which everybody is told to close (HO-48).
         """
         while True:
             try:
@@ -201,7 +202,7 @@ class _Move:
                 return after, effects
             except StoreFailure as failure:
                 log.error("move %s: %s", after.id, failure)
-                if after.phase in ENDED:
+                if after.phase in ENDED or begins_to_close(before, after):
                     await asyncio.sleep(RETRY_S)
                 elif committed(after.phase) or after.phase == "aborting":
                     return after, effects
@@ -256,6 +257,14 @@ def last_order_cold(record: Handover) -> m.DropCopy:
     After the commit that became the VM's own, so what is left is of no use.
     """
     return m.DropCopy(move=record.id, vm=record.vm, ports=record.ports)
+
+
+def begins_to_close(before: Handover, after: Handover) -> bool:
+    """Tell whether the NVEs of a committed move are about to forget their parts (HO-48).
+
+    A restarted NVA that went on from an earlier record would wait for answers that nobody can give.
+    """
+    return committed(after.phase) and after.closing and not before.closing
 
 
 def last_orders(record: Handover, nve: str) -> tuple[m.AnyOrder, ...]:

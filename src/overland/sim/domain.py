@@ -9,10 +9,13 @@ from typing import Any, TypeVar
 import msgspec
 
 from overland.model.cluster import Endpoint, Host, Interface, Network, Vm
+from overland.model.names import bridge_name, port_name, vxlan_name
 from overland.ports import Put
 
 NAMES = ("h1", "h2", "h3", "h4")
-VM = "web"
+VM, MAC = "web", "02:00:00:00:00:01"
+NETWORK, VNI = "n", 1
+BRIDGE, DEVICE, PORT = bridge_name(VNI), vxlan_name(VNI), port_name(VM, 0)
 T = TypeVar("T")
 
 
@@ -26,12 +29,22 @@ def at_once(work: Coroutine[Any, Any, T]) -> T:
     raise AssertionError("it waits")
 
 
+def address_of(host: str) -> str:
+    """The underlay address of `host`."""
+    return f"192.0.2.{host[1:]}"
+
+
+def host_at(address: str) -> str:
+    """The host with underlay address `address`."""
+    return f"h{address.removeprefix('192.0.2.')}"
+
+
 @cache
 def host_record(name: str) -> Host:
     """What the NVE of host `name` says of it."""
     return Host(
         name=name,
-        underlay_ipv4=f"192.0.2.{name[1:]}",
+        underlay_ipv4=address_of(name),
         underlay_mtu=9000,
         memory_total_mib=4096,
         accelerator="kvm",
@@ -41,13 +54,13 @@ def host_record(name: str) -> Host:
 @cache
 def founded() -> tuple[Put, ...]:
     """The records that are there before the first move."""
-    face = Interface(network="n", mac="02:00:00:00:00:01")
+    face = Interface(network=NETWORK, mac=MAC, ipv4="10.0.0.1")
     records: dict[str, Network | Host | Vm | Endpoint] = {
-        "network/n": Network(name="n", vni=1),
+        f"network/{NETWORK}": Network(name=NETWORK, vni=VNI),
         f"vm/{VM}": Vm(name=VM, host="h1", state="running", interfaces=(face,)),
     }
     for name in NAMES:
-        tenant = Interface(network="n", mac=f"02:00:00:00:01:0{name[1:]}")
+        tenant = Interface(network=NETWORK, mac=f"02:00:00:00:01:0{name[1:]}")
         records[f"host/{name}"] = host_record(name)
         records[f"endpoint/p{name[1:]}"] = Endpoint(
             name=f"p{name[1:]}", host=name, namespace=name, interface=tenant

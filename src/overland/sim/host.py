@@ -14,13 +14,22 @@ from overland.mobility import messages as m
 from overland.mobility import new_nve, old_nve, peer_nve
 from overland.mobility.nve import Part, PartStep
 from overland.model.handover import Checkpoint, Options, Transfer
+from overland.model.nve import BridgeEntry, Muted, Op, TunnelEntry
+from overland.nve.moving import Moving
+from overland.sim.agent import Prepare, SimAgent
+from overland.sim.domain import BRIDGE, DEVICE, MAC, PORT, address_of
+from overland.sim.kernel import Failures, FakeKernel, way
 
 if TYPE_CHECKING:
     from overland.sim.world import World
 
 MACHINES = {"old": old_nve, "new": new_nve, "peer": peer_nve}
 Copy = Literal["none", "running", "paused", "incoming", "whole", "sent"]
-MARKER_LIMIT_S = 1.0
+MARKER_AGAIN_S, MARKER_LIMIT_S = 0.25, 3.0
+LOOKS = 0.3
+"""How often the agent looks at the kernel right after a handover has written to it."""
+
+READY_LOOK_S, READY_LIMIT_S = 0.005, 10.0
 
 Frame = tuple[str, int]
 """(sender, number); a marker is ("marker", its number)."""
@@ -38,7 +47,7 @@ class Gate:
 
 
 class SimHost:
-    """State that outlives the daemon: `kept` (journal), `gate`, `ring`, `copy`, `table`."""
+    """State that outlives the daemon: `kept` (journal), `gate`, `ring`, `copy`, `kernel`."""
 
     def __init__(self, world: World, name: str) -> None:
         self.world = world
@@ -59,12 +68,14 @@ class SimHost:
         self.ring: deque[Frame] = deque()
         self.gate: Gate | None = None
         self.tunnel = False
-        self.table = self.known = "h1"
+        self.kernel = FakeKernel()
+        self.agent = SimAgent(self, self.kernel, frozenset())
+        self.listens = False
         self.held: deque[Frame] | None = None
         self.sent = 0
         self.finishing = False
         self.base_version = 0
-        self.unsent: list[m.AnyReport] = []
+        self.unsent: list[Callable[[], None]] = []
         self.closed: set[str] = set()
         self.keeping = False
         self.checkpoint = False
@@ -86,9 +97,8 @@ class SimHost:
 
     def order(self, order: m.AnyOrder) -> None:
         part = self.part
-        if isinstance(order, m.PrepareNew | m.PrepareOld | m.PreparePeer):
-            # It waits until the kernel has what was pushed before it: other orders go past (HO-22).
-            self._later(self.world.short(), lambda: self._prepare(order))
+        if isinstance(order, Prepare):
+            self.agent.heard(order)
             return
         if part is not None and part.move == order.move:
             self.event(order)
@@ -102,13 +112,13 @@ class SimHost:
         nothing = m.Failed(move=order.move, nve=self.name, step="order", why="no part in the move")
         self.world.report(self, nothing)
 
-    def _prepare(self, order: m.PrepareNew | m.PrepareOld | m.PreparePeer) -> None:
+    def prepare(self, order: Prepare) -> None:
         if order.move in self.closed:
             self.world.report(self, m.Closed(move=order.move, nve=self.name))
         elif self.part is None or self.part.move != order.move:
             self._begin(order)
 
-    def _begin(self, order: m.PrepareNew | m.PrepareOld | m.PreparePeer) -> None:
+    def _begin(self, order: Prepare) -> None:
         self._void()
         role: Literal["old", "new", "peer"] = "peer"
         vm = None
@@ -123,6 +133,7 @@ class SimHost:
             move=order.move, nve=self.name, role=role, vm=vm, ports=order.ports, options=options
         )
         self.part, self.base_version = part, order.version
+        self.agent.moving(self._moving())
         self._take(MACHINES[role].begin(part))
 
     def event(self, event: m.NveEvent) -> None:
@@ -153,23 +164,42 @@ class SimHost:
             self.closed.add(self.part.move)
             self.part = self.kept = None
             self._void()
-            self._later(self.world.short(), self.reconcile)
+            self.agent.moving(frozenset())
+        self.agent.part_changed()
         self._next()
 
-    def turns_first(self, version: int) -> bool:
+    def _moving(self) -> frozenset[Moving]:
+        """What the agent leaves to the part."""
+        if self.part is None:
+            return frozenset()
+        role, version = self.part.role, self.base_version
+        return frozenset(
+            {Moving(role=role, mac=MAC, port=PORT, device=DEVICE, bridge=BRIDGE, version=version)}
+        )
+
+    def turns_first(self, versions: dict[str, int]) -> bool:
         """A peer turns behind its marker before a committed mapping takes effect (HO-28)."""
         part = self.part
-        if part is None or version <= self.base_version or not peer_nve.behind(part):
+        newer = versions.get(MAC, 0) > self.base_version
+        if part is None or not newer or not peer_nve.behind(part):
             return False
         if part.stage == "armed":
             self.event(m.Steer(move=part.move))
         return True
 
-    def reconcile(self) -> None:
-        """The agent's round: forwarding as it was last pushed, but for what a move has."""
-        moving = self.part is not None and self.part.role in ("old", "new")
-        if self.held is None and not moving:
-            self.table = self.known
+    def look(self) -> None:
+        """Time for the agent to look at the kernel, although nothing is known to have changed."""
+        if self.alive:
+            self.agent.reconcile()
+
+    def apply(self, ops: tuple[Op, ...]) -> Failures:
+        """Write to the kernel, be it the agent or the handover; with its port a VM's ring goes."""
+        failures = self.kernel.apply(ops)
+        if self.ring and not self.kernel.has(PORT):
+            for frame in self.ring:
+                self.world.lost(frame, "port removed")
+            self.ring.clear()
+        return failures
 
     def _next(self) -> None:
         if self.queue and not self.busy:
@@ -179,9 +209,9 @@ class SimHost:
 
     def _later(self, seconds: float, work: Callable[[], None]) -> None:
         """Do `work` unless the daemon dies or its part is void before."""
-        self.world.later(seconds, self._while_it_lives(work))
+        self.world.later(seconds, self._in_this_part(work))
 
-    def _while_it_lives(self, work: Callable[[], None]) -> Callable[[], None]:
+    def _in_this_part(self, work: Callable[[], None]) -> Callable[[], None]:
         life, voided = self.life, self.voided
 
         def due() -> None:
@@ -189,6 +219,16 @@ class SimHost:
                 work()
 
         return due
+
+    def while_it_lives(self, seconds: float, work: Callable[[], None]) -> None:
+        """Do `work` unless the daemon dies before."""
+        life = self.life
+
+        def due() -> None:
+            if self.alive and self.life == life:
+                work()
+
+        self.world.later(seconds, due)
 
     def _void(self) -> None:
         self.voided += 1
@@ -213,6 +253,7 @@ class SimHost:
         self.part = None
         self.unsent.clear()
         self.closed.clear()
+        self.listens = False
         for queue in (self.gate.queue if self.gate else None, self.held):
             while queue:
                 self.world.lost(queue.popleft(), "daemon")
@@ -220,6 +261,7 @@ class SimHost:
     def restart(self) -> None:
         self.alive = True
         self.part = self.kept
+        self.agent = SimAgent(self, self.kernel, self._moving())
         if self.part is None:
             self.gate, self.tunnel, self.held = None, False, None
         else:
@@ -251,11 +293,26 @@ class SimHost:
         self._disarm()
         self._ok(effect)
 
+    def _write(self, ops: tuple[Op, ...]) -> None:
+        """The handover's own entries; now and then the agent looks just then."""
+        self.apply(ops)
+        if self.world.random.random() < LOOKS:
+            self.look()
+
     def _ArmPorts(self, effect: m.Do) -> None:
-        self.gate = self.gate or Gate()
-        self._ok(effect)
+        self._arm(effect, self.world.now_s + READY_LIMIT_S)
+
+    def _arm(self, effect: m.Do, limit_s: float) -> None:
+        if self.agent.ready(PORT):
+            self.gate = self.gate or Gate()
+            self._ok(effect)
+        elif self.world.now_s < limit_s:
+            self._later(READY_LOOK_S, lambda: self._arm(effect, limit_s))
+        else:
+            self._broken(effect, "its port did not come up")
 
     def _ArmPeers(self, effect: m.Do) -> None:
+        self.listens = True
         self._ok(effect)
 
     def _QuietPorts(self, effect: m.Do) -> None:
@@ -327,10 +384,11 @@ class SimHost:
             return
         if not isinstance(effect, m.WatchTransfer):
             name = type(effect).__name__
-            if self.copy == ("whole" if isinstance(effect, m.AwaitCopy) else "sent"):
+            awaited = ("whole", "running") if isinstance(effect, m.AwaitCopy) else ("sent",)
+            if self.copy in awaited:
                 self.event(m.Done(effect=name, number=1))
             elif self.copy != "none":
-                self._waiting.append(self._while_it_lives(lambda: self._beside(effect, stage)))
+                self._waiting.append(self._in_this_part(lambda: self._beside(effect, stage)))
             elif self.part is not None and self.part.stage == stage:
                 self.event(m.Broken(effect=name, why="QEMU ended"))
             return
@@ -389,23 +447,34 @@ class SimHost:
 
     def _SteerHere(self, effect: m.Do) -> None:
         assert isinstance(effect, m.SteerHere)
-        if effect.local:
+        assert self.part is not None
+        if self.part.role == "old":
+            self._write(_turned(None if effect.back else self.world.new))
             self._ok(effect)
             return
         self.held = self.held if self.held is not None else deque()
-        target = self.world.old if effect.back else self.world.new
-        number = self.world.marker(self, lambda: self._turn(effect, target, proved=True))
-        self._later(MARKER_LIMIT_S, lambda: self._unproved(effect, target, number))
+        number = self.world.marker(self, self._in_this_part(lambda: self._turn(effect)))
+        self._ask(effect, number, self.world.now_s + MARKER_LIMIT_S)
 
-    def _unproved(self, effect: m.Do, target: str, number: int) -> None:
-        if self.world.forget_marker(number):
-            self._turn(effect, target, proved=False)
+    def _ask(self, effect: m.SteerHere, number: int, limit_s: float) -> None:
+        """A marker can be lost like any frame: it is sent again."""
+        if self.world.now_s < limit_s:
+            if self.world.awaits(number):
+                self._launch(("marker", number))
+                self._later(MARKER_AGAIN_S, lambda: self._ask(effect, number, limit_s))
+        elif self.world.forget_marker(number):
+            self._turn(effect, proved=False)
 
-    def _turn(self, effect: m.Do, target: str, *, proved: bool) -> None:
-        self.table = target
+    def _turn(self, effect: m.SteerHere, *, proved: bool = True) -> None:
         held, self.held = self.held, None
-        for frame in held or ():
-            self.world.launch(self, frame)
+        if effect.local:
+            for frame in held or ():
+                self._at_port(frame)
+            self._write(_local(PORT))
+        else:
+            self._write(_entry(self.world.old if effect.back else self.world.new))
+            for frame in held or ():
+                self._launch(frame)
         if proved:
             self._ok(effect)
         else:
@@ -414,8 +483,9 @@ class SimHost:
     def _Unmute(self, effect: m.Do) -> None:
         if self.gate is None:
             self._broken(effect, "the gate is not armed")
-        else:
-            self._ok(effect)
+            return
+        self._write((Op(verb="remove", fact=Muted(port=PORT)),))
+        self._ok(effect)
 
     def _ResumeVm(self, effect: m.Do) -> None:
         if self.copy == "none" and self.part is not None and self.part.role == "new":
@@ -453,15 +523,27 @@ class SimHost:
             for frame in self.gate.queue:
                 self._on(frame)
         for frame in self.held or ():
-            self.world.launch(self, frame)
-        self.gate, self.tunnel, self.held = None, False, None
+            self._launch(frame)
+        self.gate, self.tunnel, self.held, self.listens = None, False, None, False
 
     # ------------------------------------------------------------ frames
 
+    def way(self) -> str | None:
+        """Where the kernel sends frames for the VM: to its port, or to an NVE's address."""
+        return way(self.kernel.state, DEVICE, MAC)
+
     def arrived(self, frame: Frame) -> None:
-        """A frame for the VM comes in from the underlay."""
+        """A frame for the VM comes in from the underlay: what is not for here goes nowhere."""
+        if frame[0] == "marker" and self.listens:
+            self.world.marker_seen(frame[1], self)
+        elif self.way() == PORT:
+            self._at_port(frame)
+        else:
+            self.world.lost(frame, "it does not live here")
+
+    def _at_port(self, frame: Frame) -> None:
         gate = self.gate
-        if gate is None and self.copy == "none" and self.name != self.world.vm_host:
+        if not self.kernel.has(PORT):
             self.world.lost(frame, "no port")
         elif gate is None or gate.mode == "pass":
             self._ring(frame)
@@ -477,10 +559,13 @@ class SimHost:
         """Out of the tunnel: past the gate at the old NVE, like any frame at the new one."""
         if not self.tunnel:
             self.world.lost(frame, "no tunnel")
+        elif frame[0] == "marker":
+            if self.alive:
+                self.world.marker_seen(frame[1], self)
         elif home:
             self._ring(frame)
         else:
-            self.arrived(frame)
+            self._at_port(frame)
 
     def _on(self, frame: Frame) -> None:
         if self.gate is not None and self.gate.into == "tunnel":
@@ -490,8 +575,7 @@ class SimHost:
 
     def _ring(self, frame: Frame) -> None:
         if frame[0] == "marker":
-            self.world.marker_seen(frame[1], self)
-            return
+            return  # the guest knows nothing of it
         self.ring.append(frame)
         if self.copy == "running":
             self.deliver()
@@ -503,13 +587,36 @@ class SimHost:
 
     def send(self, frame: Frame) -> None:
         """A tenant of this host sends to the VM."""
-        if self.held is None:
-            self.world.launch(self, frame)
+        if self.held is None or self.way() == PORT:
+            self._launch(frame)
         elif self.alive:
             self.held.append(frame)
         else:
             self.world.lost(frame, "daemon")
 
+    def _launch(self, frame: Frame) -> None:
+        way = self.way()
+        if way == PORT:
+            self._at_port(frame)
+        elif way is None:
+            self.world.lost(frame, "nobody knows where it lives")
+        else:
+            self.world.launch(self, way, frame)
+
 
 def _back(effect: m.Do) -> bool:
     return isinstance(effect, m.SteerHere) and effect.back
+
+
+def _entry(host: str) -> tuple[Op, ...]:
+    """Frames that leave by the VXLAN device go to `host` (dataplane/handover.py)."""
+    return (Op(verb="put", fact=TunnelEntry(device=DEVICE, mac=MAC, remote=address_of(host))),)
+
+
+def _local(port: str) -> tuple[Op, ...]:
+    return (Op(verb="put", fact=BridgeEntry(bridge=BRIDGE, mac=MAC, port=port)),)
+
+
+def _turned(host: str | None) -> tuple[Op, ...]:
+    """This host's own tenants: to the port here, or to `host`."""
+    return _local(PORT) if host is None else (*_entry(host), *_local(DEVICE))

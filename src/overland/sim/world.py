@@ -12,19 +12,26 @@ import heapq
 import random
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from overland.mobility import coordinator
 from overland.mobility import messages as m
 from overland.model.handover import ENDED, Handover, Options, committed
+from overland.model.nve import NveIntent
 from overland.nva.authority import Authority
-from overland.nva.handovers import RETRY_S, last_orders
+from overland.nva.handovers import RETRY_S, begins_to_close, last_orders
+from overland.nva.pushes import Update, Whole
 from overland.ports import Conflict, StoreFailure
-from overland.sim.domain import NAMES, VM, at_once, founded, host_record
+from overland.sim.agent import rendered
+from overland.sim.domain import NAMES, VM, at_once, founded, host_at, host_record
 from overland.sim.host import Frame, SimHost
+from overland.sim.kernel import Failures, difference
+from overland.sim.subscribers import Subscribers
 from overland.store.memory import MemoryStore
 
 LEASE_S = 3.0
+MEMBERS_DELAY_S = 0.1
 TICK_S = 0.25
 NOTICE_S = 4.0
 """A silent connection is given up after that long (wire.server)."""
@@ -75,11 +82,13 @@ class World:
         self._store = MemoryStore()
         at_once(self._store.commit([], founded()))
         self.store_full = False
-        self._load()
+        self._load(1)
+        self.subscribers.found()
         self.hosts["h1"].copy = "running"
         self.old, self.new = "h1", "h2"
         self.record: Handover | None = None
         self._unwritten = False
+        self._events: list[m.CoordinatorEvent] = []
         self.nva_alive = True
         self.nva_life = 0
         self.published = 0
@@ -88,7 +97,7 @@ class World:
         self.plan = Plan()
         self._arrivals: dict[tuple[str, str], float] = {}
         self._wires: dict[tuple[str, str], float] = {}
-        self._markers: dict[int, Callable[[], None]] = {}
+        self._markers: dict[int, Callable[[SimHost], None]] = {}
         self._moves = self._frames = 0
         self._killed: set[str] = set()
 
@@ -127,6 +136,8 @@ class World:
         for at_s, kind, who, seconds in plan.faults:
             self.later(at_s, lambda k=kind, w=who, s=seconds: self._fault(k, w, s))  # type: ignore[misc]
         self._stream()
+        for host in self.hosts.values():
+            self.later(0.1 * self.random.random(), host.look)
         end_s = self.now_s + QUIET_S + max((f[0] + f[3] for f in plan.faults), default=0.0)
         while self._agenda and self.now_s < end_s:
             self.now_s, _, work = heapq.heappop(self._agenda)
@@ -156,10 +167,12 @@ class World:
         options = Options(checkpoints=self.plan.checkpoints)
         return at_once(self.authority.begin_move(f"m{self._moves}", VM, self.new, options))
 
-    def _load(self) -> None:
+    def _load(self, revision: int) -> None:
         """The NVA starts: it knows what its store has."""
-        self.authority = Authority(self._store, lambda _: None)
+        self.authority = Authority(self._store, lambda _: self.subscribers.changed())
         at_once(self.authority.load())
+        hosts = list(self.hosts.values())
+        self.subscribers = Subscribers(self.authority, hosts, self._push, revision)
         self._look()
 
     def _look(self) -> None:
@@ -170,7 +183,10 @@ class World:
     # ------------------------------------------------------------ the NVA (nva/handovers.py)
 
     def _step(self, event: m.CoordinatorEvent) -> None:
-        if self.record is None or not self.nva_alive or self._unwritten:
+        if self.record is None or not self.nva_alive:
+            return
+        if self._unwritten:
+            self._events.append(event)
             return
         before = self.record
         after, effects = coordinator.step(before, event, self.now_s, self._now_ns())
@@ -179,17 +195,22 @@ class World:
             after, effects = self._journalled(before, after, effects)
         if self._unwritten:
             return
-        if after.phase != before.phase:
-            self.note("nva", f"{before.phase} -> {after.phase}")
+        self._written_down(after, effects)
+        if commits:
+            self._commit()
+
+    def _written_down(self, after: Handover, effects: tuple[m.CoordinatorEffect, ...]) -> None:
+        """The record is `after` now: its effects may be seen."""
+        assert self.record is not None
+        if after.phase != self.record.phase:
+            self.note("nva", f"{self.record.phase} -> {after.phase}")
         self.record = after
         for effect in effects:
             if isinstance(effect, m.Tell):
                 self._tell(effect.nve, effect.order)
-        if commits:
-            self._commit()
-        elif committed(self.record.phase) and self.published < self.version:
+        if committed(after.phase) and self.published < self.version:
             self._publish()
-        if self.record is not None and self.record.phase in ENDED:
+        if after.phase in ENDED:
             self.record = None
 
     def _journalled(
@@ -199,21 +220,27 @@ class World:
         try:
             self._written(lambda: at_once(self.authority.journal(after)))
         except StoreFailure as failure:
-            if after.phase in ENDED:
+            if after.phase in ENDED or begins_to_close(before, after):
                 self._unwritten = True
                 life = self.nva_life
-                self.later(RETRY_S, lambda: self._write_again(after, life))
+                self.later(RETRY_S, lambda: self._write_again(after, effects, life))
             elif not committed(after.phase) and after.phase != "aborting":
                 abort = m.Abort(why=str(failure))
                 return coordinator.step(before, abort, self.now_s, self._now_ns())
         return after, effects
 
-    def _write_again(self, last: Handover, life: int) -> None:
-        if self.nva_alive and life == self.nva_life and self.record is not None:
-            self._unwritten = False
-            self._journalled(self.record, last, ())
-            if not self._unwritten:
-                self.record = None
+    def _write_again(
+        self, after: Handover, effects: tuple[m.CoordinatorEffect, ...], life: int
+    ) -> None:
+        if not (self.nva_alive and life == self.nva_life and self.record is not None):
+            return
+        self._unwritten = False
+        self._journalled(self.record, after, effects)
+        if not self._unwritten:
+            self._written_down(after, effects)
+            events, self._events = self._events, []
+            for event in events:
+                self._step(event)
 
     def _written(self, write: Callable[[], None]) -> None:
         if self.store_full:
@@ -241,28 +268,32 @@ class World:
                 self._tell(effect.nve, effect.order)
 
     def _publish(self) -> None:
+        assert self.record is not None
         self.published = self.version
-        for host in self.hosts.values():
-            self._push(host)
+        self.authority.publish(self.record)
 
-    def _push(self, host: SimHost) -> None:
-        version, place = self.version, self.vm_host
+    def _push(self, host: SimHost, push: Whole | Update) -> None:
+        self.note("nva", f"{type(push).__name__} {push.revision} to {host.name}")
+        self._wire(host, "down", lambda: host.agent.heard(push))
 
-        def applied() -> None:
-            if host.alive and version >= self.version:
-                if host.turns_first(version):
-                    self.later(0.001, applied)
-                    return
-                host.known = place
-                host.reconcile()
-                self._wire(host, "up", lambda: self._acknowledged(host.name, version))
+    def acknowledge(self, host: SimHost, push: Whole | Update, failures: Failures) -> None:
+        """NVE `host` has `push` in its kernel, but for the failures."""
+        self.note(
+            host.name, f"has {push.revision}{' but for ' if failures else ''}{failures or ''}"
+        )
+        self._say(host, lambda: self._acknowledged(host, push, failures))
 
-        self._wire(host, "down", lambda: self.later(self.short(), applied))
-
-    def _acknowledged(self, nve: str, version: int) -> None:
+    def _acknowledged(self, host: SimHost, push: Whole | Update, failures: Failures) -> None:
+        self.subscribers.acknowledged(host, push, failures)
         record = self.record
+        version = 0 if failures else push.versions.get(VM, 0)
         if record is not None and record.commit_ns and version >= record.version:
-            self._step(m.Acknowledged(nve=nve, at_ns=1))
+            self._step(m.Acknowledged(nve=host.name, at_ns=1))
+
+    def resync(self, host: SimHost) -> None:
+        """NVE `host` was told what does not go with what it has."""
+        self.note(host.name, "asks for the whole")
+        self._say(host, lambda: self.subscribers.asked(host))
 
     def _tick(self, life: int) -> None:
         if self.nva_alive and life == self.nva_life and self.record is not None:
@@ -280,10 +311,14 @@ class World:
 
     def report(self, host: SimHost, report: m.AnyReport) -> None:
         self.note(host.name, f"says {type(report).__name__}")
+        self._say(host, lambda: self._heard(host, report))
+
+    def _say(self, host: SimHost, deliver: Callable[[], None]) -> None:
+        """Now, or after the next Hello."""
         if host.connected:
-            self._wire(host, "up", lambda: self._heard(host, report))
+            self._wire(host, "up", deliver)
         else:
-            host.unsent.append(report)
+            host.unsent.append(deliver)
 
     def _heard(self, host: SimHost, report: m.AnyReport) -> None:
         if self.record is not None and report.move == self.record.id:
@@ -316,13 +351,31 @@ class World:
             return
         host.connected = False
         host.link += 1
-        link = host.link
-        self.later(LEASE_S, lambda: self._lease_ended(host, link))
+        self._watch_lease(host)
         self.later(0.05 + self.random.random(), lambda: self._reconnect(host))
 
-    def _lease_ended(self, host: SimHost, link: int) -> None:
-        if not host.connected and host.link == link:
-            self._step(m.Lost(nve=host.name, dead=self.random.random() < 0.5))
+    def _watch_lease(self, host: SimHost) -> None:
+        link, life = host.link, self.nva_life
+        self.later(LEASE_S, lambda: self._lease_ended(host, link, life))
+
+    def _lease_ended(self, host: SimHost, link: int, life: int) -> None:
+        if host.connected or host.link != link or life != self.nva_life:
+            return
+        dead = self.random.random() < 0.5
+        self.note("nva", f"{host.name} is {'dead' if dead else 'away'}")
+        self.authority.host_changed(host.name, ready=False, dead=dead)
+        self._keep(host)
+        self._step(m.Lost(nve=host.name, dead=dead))
+        if dead:
+            self.subscribers.changed()
+
+    def _keep(self, host: SimHost) -> None:
+        with suppress(StoreFailure):
+            self._written(lambda: at_once(self.authority.keep_host(host.name)))
+
+    def _tell_members(self, life: int) -> None:
+        if self.nva_alive and life == self.nva_life:
+            self.subscribers.changed()
 
     def _reconnect(self, host: SimHost) -> None:
         if host.connected:
@@ -332,15 +385,20 @@ class World:
             return
         host.connected = True
         self.note(host.name, "connected")
+        host.agent.revisions.connected()
+        if self.authority.host_seen(host_record(host.name)):
+            life = self.nva_life
+            self.later(MEMBERS_DELAY_S, lambda: self._tell_members(life))
+        self._keep(host)
+        self.subscribers.connected(host, dict(host.agent.revisions.known))
         moves = host.part.move if host.part is not None else None
         self._step(m.Back(nve=host.name))
         ended = self.authority.ended_moves.get(moves or "")
         for order in last_orders(ended, host.name) if ended is not None else ():
             self._tell(host.name, order)
-        self._push(host)
         unsent, host.unsent = host.unsent, []
-        for report in unsent:
-            self.report(host, report)
+        for deliver in unsent:
+            self._say(host, deliver)
         if host.part is not None:
             host.event(m.Reconnected())
 
@@ -362,11 +420,11 @@ class World:
         match kind:
             case "abort":
                 self._step(m.Abort(why="operator"))
-            case "nva":
+            case "nva" if self.nva_alive:
                 self.nva_alive = False
-                self.nva_life += 1
                 for each in self.hosts.values():
                     self._disconnect(each)
+                self.nva_life += 1
                 self.later(seconds, self._nva_restart)
             case "daemon" if host.alive:
                 host.crash()
@@ -397,7 +455,11 @@ class World:
 
     def _nva_restart(self) -> None:
         self.nva_alive, self._unwritten = True, False
-        self._load()
+        self._events.clear()
+        # Its clock may have been set back meanwhile.
+        self._load(self.random.choice((1, self._now_ns())))
+        for host in self.hosts.values():
+            self._watch_lease(host)
         self.record = self.authority.cluster.moves.get(f"m{self._moves}")
         self.published = self.version if self.record is None else 0
         self._step(m.Start())
@@ -442,8 +504,8 @@ class World:
         self._arrivals[one, other] = due_s
         self._at(due_s, deliver)
 
-    def launch(self, sender: SimHost, frame: Frame) -> None:
-        host = self.hosts[sender.table]
+    def launch(self, sender: SimHost, address: str, frame: Frame) -> None:
+        host = self.hosts[host_at(address)]
         if self.is_cut(sender, host):
             self.lost(frame, "cut")
         else:
@@ -460,14 +522,17 @@ class World:
     def marker(self, sender: SimHost, seen: Callable[[], None]) -> int:
         self._count += 1
         number = self._count
-        self._markers[number] = lambda: self._travel(self.new, sender.name, seen)
-        self.launch(sender, ("marker", number))
+        self._markers[number] = lambda host: self._travel(host.name, sender.name, seen)
         return number
 
-    def marker_seen(self, number: int, _host: SimHost) -> None:
-        seen = self._markers.pop(number, None)
-        if seen is not None:
-            seen()
+    def awaits(self, number: int) -> bool:
+        """Tell whether marker `number` has not been seen yet."""
+        return number in self._markers
+
+    def marker_seen(self, number: int, host: SimHost) -> None:
+        answer = self._markers.pop(number, None)
+        if answer is not None:
+            answer(host)
 
     def forget_marker(self, number: int) -> bool:
         return self._markers.pop(number, None) is not None
@@ -517,20 +582,26 @@ class World:
                 raise Violation(f"a copy is left on {host.name}: {host.copy}")
             if host.keeping or (host.checkpoint and not coordinator.recoverable(record)):
                 raise Violation(f"{host.name} still takes or keeps checkpoints")
-            if host.table != self.vm_host and host is not vm and host.name != self.old:
-                raise Violation(f"{host.name} sends to {host.table}, the VM is on {self.vm_host}")
-        self._settle_tables()
+        self._converged()
+        for host in self.hosts.values():
+            host.checkpoint = False  # nobody needs it any more: the VM is back
+        if vm.copy != "running":
+            vm.copy = "running"  # its owner starts it anew
+            for host in self.hosts.values():
+                host.ring = deque()
         missing = self.books.sent - len(self.books.delivered)
         if missing and self.plan.lossless:
             raise Violation(f"{missing} frames were lost: {self.books.lost}")
         return record
 
-    def _settle_tables(self) -> None:
-        """The agent's next round (nve/agent.py): forwarding as the record says."""
+    def _converged(self) -> None:
+        """Every NVE has the newest of what the NVA holds, and its kernel that and nothing else."""
+        view = self.subscribers.view()
         for host in self.hosts.values():
-            host.table = host.known = self.vm_host
-            host.checkpoint = False  # nobody needs it any more: the VM is back
-        if self.hosts[self.vm_host].copy != "running":
-            self.hosts[self.vm_host].copy = "running"  # its owner starts it anew
-            for host in self.hosts.values():
-                host.ring = deque()
+            intent = NveIntent(vns=(view.intent(host.name),))
+            if host.agent.intent != intent:
+                raise Violation(f"{host.name} was not told: it has {host.agent.intent}")
+            wanted = rendered(intent)
+            if host.kernel.state != wanted:
+                what = difference(host.kernel.state, wanted)
+                raise Violation(f"the kernel of {host.name} is not as its intent: {what}")
