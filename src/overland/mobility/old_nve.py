@@ -270,10 +270,9 @@ def _restore(part: Part) -> PartStep:
             return part, ()
         case "returned":
             return part, _said(part)
-        case "arming" | "armed":
-            part = msgspec.structs.replace(part, stage="returned")
-            return part, _said(part)
-        case "checkpointing" | "resting" | "sending":
+        case "arming" | "armed" | "checkpointing" | "resting" | "sending":
+            # Of a restarted daemon whose disk was full the stage may be one of long ago: the VM may
+            # have been stopped since. One that runs does not notice.
             return to(part, "returning", CancelSend(), ResumeVm())
         case _:
             return to(part, "returning", *_HOME)
