@@ -12,6 +12,7 @@ import pytest
 from pyroute2 import AsyncIPRoute
 
 from overland.dataplane.gates import Gates
+from overland.dataplane.gateway import Gateways
 from overland.dataplane.linux import LinuxKernel
 from overland.dataplane.namespace import inside, path_of
 from overland.dataplane.nftables import Nftables
@@ -56,7 +57,8 @@ async def kernel(namespace: None) -> AsyncIterator[LinuxKernel]:
 
 def make(ip: AsyncIPRoute, nft: Nftables, taps: TapTable) -> LinuxKernel:
     nft.ensure()
-    return LinuxKernel(ip, nft, Gates(ip), taps, Routers(ip, NAMESPACE), 100)
+    routers, gateways = Routers(ip, NAMESPACE), Gateways(ip, NAMESPACE)
+    return LinuxKernel(ip, nft, Gates(ip), taps, routers, gateways, 100)
 
 
 def routed(tenants: int) -> NveIntent:
