@@ -78,7 +78,7 @@ def intent(
 ) -> NveIntent:
     if gateways and isinstance(way_out, TsiIntent):
         tsis = [*tsis, way_out]
-    elif gateways and way_out is not None:
+    elif gateways and isinstance(way_out, RemoteIntent):
         remotes = [*remotes, way_out]
     vn = VnIntent(
         network="blue",

@@ -35,8 +35,10 @@ _KNOBS = {
     "ipv4/conf/default/rp_filter": 1,
     "ipv6/conf/default/accept_ra": 0,
     "ipv6/conf/default/accept_redirects": 0,
-    # Without link-local addresses nobody is redirected, and no address has to be tried first.
-    "ipv6/conf/default/addr_gen_mode": 1,
+    # The kernel asks for a next router from the link-local address, which is used at once.
+    "ipv6/conf/default/accept_dad": 0,
+    "ipv4/conf/default/arp_notify": 1,
+    "ipv6/conf/default/ndisc_notify": 1,
 }
 
 log = logging.getLogger(__name__)
@@ -89,6 +91,12 @@ class Gateways:
         lines = _leg_lines(link, outside_mtu) if link.kind == "leg" else _port_lines(link)
         for why in (await batch(namespace, lines)).values():
             raise KernelFailure(f"gateway {namespace}: {why}")
+
+    async def announce(self, leg: Link) -> None:
+        """Tell the neighbours outside: the addresses may have been at another host before."""
+        # The same address again: the kernel says by ARP and ND where it is (arp_notify).
+        line = f"link set {LEG} address {leg.peer_mac}"
+        await batch(gateway_namespace(self._prefix, leg.name), [line])
 
     async def remove(self, port: str) -> None:
         """Take the gateway behind bridge port `port` away; content with absence."""

@@ -248,6 +248,8 @@ class LinuxKernel:
         if link.kind not in ("bridge", "leg"):  # the outside's bridge has manners of its own
             await self._ip.brport("set", index=index, learning=0, **_manners(link))
         await self._ip.link("set", index=index, state="up")
+        if link.kind == "leg":
+            await self._gateways.announce(link)
 
     async def _make(self, link: Link) -> None:
         match link.kind:
