@@ -129,6 +129,15 @@ def test_an_address_of_nobody_is_silence_outside_too(lab: None, family: int) -> 
     assert "From" not in sent.stdout
 
 
+@pytest.mark.parametrize("family", [4, 6])
+def test_the_gateway_is_no_way_between_places_outside(lab: None, family: int) -> None:
+    """Who sends it what is not the VN's is told so, and no packet goes to and fro."""
+    elsewhere = {4: "203.0.113.9", 6: "2001:db8:99::9"}[family]
+    at(OUTSIDE, "ip", "route", "add", elsewhere, "via", LEG[family])
+    sent = at(OUTSIDE, "ping", "-c1", "-W2", elsewhere)
+    assert re.search(rf"From {LEG[family]} .*([Uu]nreachable)", sent.stdout), sent.stdout
+
+
 @pytest.mark.req("N-15")
 def test_nobody_outside_has_a_tenants_address(lab: None) -> None:
     at(OUTSIDE, "ip", "addr", "add", "10.42.0.99/32", "dev", "lo")

@@ -41,6 +41,14 @@ _KNOBS = {
     "ipv6/conf/default/ndisc_notify": 1,
 }
 
+_INTO_VN = 100
+_RULES = tuple(
+    (f"-{family}", *f"rule add iif {LEG} {what}".split())
+    for family in (4, 6)
+    for what in (f"pref {_INTO_VN} lookup {_INTO_VN}", f"pref {_INTO_VN + 1} unreachable")
+)
+"""From outside there is a way into the VN and to nowhere else: it is no transit, and no loop."""
+
 log = logging.getLogger(__name__)
 
 
@@ -72,8 +80,7 @@ class Gateways:
         namespace = gateway_namespace(self._prefix, link.name)
         outside_mtu = mtu_of(link.master) if link.kind == "leg" and link.master else 0
         if not (NETNS / namespace).exists():
-            await run("netns", "add", namespace)
-            _set_up(namespace)
+            await _make_namespace(namespace)
         inner = LEG if link.kind == "leg" else INNER
         await self._delete(link.name)
         await self._ip.link(
@@ -126,8 +133,19 @@ def _there(device: str) -> bool:
     return False
 
 
-def _set_up(namespace: str) -> None:
-    """Manners, before there is a device that could be without them."""
+async def _make_namespace(namespace: str) -> None:
+    """A namespace with its manners, before there is a device that could be without them."""
+    await run("netns", "add", namespace)
+    try:
+        _set_knobs(namespace)
+        for rule in _RULES:
+            await run("-n", namespace, *rule)
+    except (OSError, KernelFailure):
+        await run("netns", "del", namespace)
+        raise
+
+
+def _set_knobs(namespace: str) -> None:
     with inside(path_of(namespace)):
         for knob, value in _KNOBS.items():
             path = Path("/proc/sys/net", knob)
@@ -148,7 +166,10 @@ def _port_lines(link: Link) -> list[str]:
         lines += [
             f"neigh replace {router.ip} lladdr {GATEWAY_MAC} nud permanent dev {INNER}",
             f"route replace {router.ip} dev {INNER}",
-            f"route replace {router.network} via {router.ip} dev {INNER}",
+            *(
+                f"route replace {router.network} via {router.ip} dev {INNER} table {table}"
+                for table in ("main", _INTO_VN)
+            ),
         ]
     return lines
 
