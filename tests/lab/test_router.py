@@ -164,6 +164,16 @@ async def test_a_router_gives_nobody_a_shorter_way(kernel: LinuxKernel) -> None:
     assert "fe80" not in run(f"ip -n {ROUTER} addr show gw")
 
 
+async def test_a_port_that_comes_or_goes_takes_no_neighbour_away(kernel: LinuxKernel) -> None:
+    """A bridge without an address of its own has its lowest port's, and forgets all with it."""
+    (vn,) = routed(2).vns
+    desired = render(NveIntent(vns=(msgspec.structs.replace(vn, gateways=()),)))
+    await made_so(kernel, desired)
+    run("ip link add low address 00:00:00:00:00:02 type veth peer name high")
+    run("ip link set low master ovb42")
+    assert delta(desired, await kernel.snapshot()) == ()
+
+
 async def test_a_network_may_change_its_kind(kernel: LinuxKernel) -> None:
     """One was deleted and another made with its VNI while the daemon was away."""
     (vn,) = routed(2).vns

@@ -23,7 +23,7 @@ from overland.dataplane.gateway import Gateways
 from overland.dataplane.nftables import Nftables
 from overland.dataplane.router import Routers
 from overland.dataplane.tap import TapTable
-from overland.model.names import is_ours
+from overland.model.names import default_mac, is_ours
 from overland.model.nve import (
     FLOOD,
     BridgeEntry,
@@ -237,6 +237,9 @@ class LinuxKernel:
             await self._routers.set_up(link)
         index = interface_index(link.name)
         wanted: dict[str, Any] = {"ifalias": link.alias, "mtu": link.mtu}
+        if link.kind == "bridge":
+            # Else it takes its lowest port's, and forgets all neighbours when that comes or goes.
+            wanted["address"] = default_mac(link.name, 0)
         if link.master is not None:
             wanted["master"] = interface_index(link.master)
         await self._ip.link("set", index=index, **wanted)
