@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from overland.model.cluster import Leg
 from overland.model.names import GATEWAY_MAC
 from overland.model.nve import (
     FLOOD,
     BridgeEntry,
+    DefaultRoute,
     Fact,
     HostRoute,
     InTransit,
@@ -51,6 +53,20 @@ def remote(mac: str, nve: str, version: int = 1) -> RemoteIntent:
 
 
 GATEWAYS = ("10.0.0.1/24", "fd00::1/64")
+LEG = Leg(bridge="out0", mac="02:00:00:00:01:01", ipv4="192.0.2.2/24", via_ipv4="192.0.2.1")
+WAY = TsiIntent(
+    owner="gateway/h1",
+    index=0,
+    kind="gateway",
+    mac="02:00:00:00:01:00",
+    ipv4="10.0.0.9",
+    ipv6="fd00::9",
+    state="activated",
+    leg=LEG,
+)
+FAR = RemoteIntent(
+    mac=WAY.mac, ipv4=WAY.ipv4, ipv6=WAY.ipv6, nve="192.0.2.2", version=1, outside=("ipv4",)
+)
 
 
 def intent(
@@ -58,7 +74,12 @@ def intent(
     remotes: list[RemoteIntent],
     members: list[str],
     gateways: tuple[str, ...] = (),
+    way_out: TsiIntent | RemoteIntent | None = None,
 ) -> NveIntent:
+    if gateways and isinstance(way_out, TsiIntent):
+        tsis = [*tsis, way_out]
+    elif gateways and isinstance(way_out, RemoteIntent):
+        remotes = [*remotes, way_out]
     vn = VnIntent(
         network="blue",
         vni=42,
@@ -85,6 +106,7 @@ intents = st.builds(
     ),
     st.lists(st.sampled_from(["192.0.2.2", "192.0.2.3"]), unique=True),
     st.sampled_from([(), GATEWAYS]),
+    st.sampled_from([None, WAY, FAR]),
 )
 
 
@@ -96,6 +118,7 @@ def facts(state: KernelState) -> set[Fact]:
         *state.neighbours,
         *state.router_neighbours,
         *state.host_routes,
+        *state.default_routes,
         *state.muted,
         *state.in_transit,
     }
@@ -115,6 +138,8 @@ def key(fact: Fact) -> object:
             return ("router neighbour", router, address)
         case HostRoute(router=router, address=address):
             return ("route", router, address)
+        case DefaultRoute(router=router, via=via):
+            return ("default route", router, ":" in via)
         case Muted(port=port):
             return ("muted", port)
         case InTransit(port=port, mac=mac):
@@ -214,6 +239,49 @@ def test_a_router_never_has_a_route_without_its_neighbour(
         state = perform(state, (op,))
         routes = {(e.router, e.address) for e in state if isinstance(e, HostRoute)}
         assert routes <= {(e.router, e.address) for e in state if isinstance(e, RouterNeighbour)}
+
+
+@given(intents, intents)
+def test_a_way_out_never_leads_to_nobody(before: NveIntent, after: NveIntent) -> None:
+    actual, desired = render(before), render(after)
+    state = facts(actual)
+    for op in delta(desired, actual):
+        state = perform(state, (op,))
+        ways = {(e.router, e.via) for e in state if isinstance(e, DefaultRoute)}
+        assert ways <= {(e.router, e.address) for e in state if isinstance(e, HostRoute)}
+
+
+@pytest.mark.req("R-19")
+def test_every_router_of_a_vn_has_the_same_way_out() -> None:
+    """R-19: the gateway is a tenant among others; the routes are equal, at its own NVE too."""
+    mac = MACS[0]
+    here = render(intent([tsi(mac, "activated")], [], [], GATEWAYS, WAY))
+    there = render(intent([tsi(mac, "activated")], [], [], GATEWAYS, FAR))
+    without = render(intent([tsi(mac, "activated")], [], [], GATEWAYS))
+    assert here.default_routes == there.default_routes
+    assert {each.via for each in here.default_routes} == {"10.0.0.9"}, "no leg, no way in IPv6"
+    assert here.host_routes == there.host_routes
+    assert here.router_neighbours == there.router_neighbours
+    assert without.default_routes == frozenset()
+    assert {(e.name, e.kind, e.master) for e in here.links - without.links} == {
+        ("ovg42", "gateway", "ovb42"),
+        ("ovl42", "leg", "out0"),
+    }
+    assert BridgeEntry(bridge="ovb42", mac=WAY.mac, port="ovg42") in here.bridge_entries
+    assert BridgeEntry(bridge="ovb42", mac=WAY.mac, port="ovx42") in there.bridge_entries
+
+
+def test_a_gateway_stands_in_both_places_or_in_none() -> None:
+    """Its port is there before its leg, and goes after it, with the namespace between them."""
+    with_it = render(intent([], [], [], GATEWAYS, WAY))
+    without = render(intent([], [], [], GATEWAYS))
+
+    def order(desired: KernelState, actual: KernelState) -> list[str]:
+        ops = delta(desired, actual)
+        return [op.fact.name for op in ops if isinstance(op.fact, Link)]
+
+    assert order(with_it, without) == ["ovg42", "ovl42"]
+    assert order(without, with_it) == ["ovl42", "ovg42"]
 
 
 def test_a_routed_vn_is_no_broadcast_domain() -> None:

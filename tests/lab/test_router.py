@@ -12,6 +12,7 @@ import pytest
 from pyroute2 import AsyncIPRoute
 
 from overland.dataplane.gates import Gates
+from overland.dataplane.gateway import Gateways
 from overland.dataplane.linux import LinuxKernel
 from overland.dataplane.namespace import inside, path_of
 from overland.dataplane.nftables import Nftables
@@ -56,7 +57,8 @@ async def kernel(namespace: None) -> AsyncIterator[LinuxKernel]:
 
 def make(ip: AsyncIPRoute, nft: Nftables, taps: TapTable) -> LinuxKernel:
     nft.ensure()
-    return LinuxKernel(ip, nft, Gates(ip), taps, Routers(ip, NAMESPACE), 100)
+    routers, gateways = Routers(ip, NAMESPACE), Gateways(ip, NAMESPACE)
+    return LinuxKernel(ip, nft, Gates(ip), taps, routers, gateways, 100)
 
 
 def routed(tenants: int) -> NveIntent:
@@ -160,6 +162,16 @@ async def test_a_router_gives_nobody_a_shorter_way(kernel: LinuxKernel) -> None:
             knob = Path(f"/proc/sys/net/ipv4/conf/{device}/send_redirects")
             assert knob.read_text() == "0\n"
     assert "fe80" not in run(f"ip -n {ROUTER} addr show gw")
+
+
+async def test_a_port_that_comes_or_goes_takes_no_neighbour_away(kernel: LinuxKernel) -> None:
+    """A bridge without an address of its own has its lowest port's, and forgets all with it."""
+    (vn,) = routed(2).vns
+    desired = render(NveIntent(vns=(msgspec.structs.replace(vn, gateways=()),)))
+    await made_so(kernel, desired)
+    run("ip link add low address 00:00:00:00:00:02 type veth peer name high")
+    run("ip link set low master ovb42")
+    assert delta(desired, await kernel.snapshot()) == ()
 
 
 async def test_a_network_may_change_its_kind(kernel: LinuxKernel) -> None:

@@ -13,7 +13,17 @@ import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from overland.model.cluster import Boot, Endpoint, Interface, Network, Record, Refused, Vm
+from overland.model.cluster import (
+    Boot,
+    Endpoint,
+    Gateway,
+    Interface,
+    Leg,
+    Network,
+    Record,
+    Refused,
+    Vm,
+)
 from overland.model.forecast import Forecast
 from overland.model.handover import Handover, Options
 from overland.model.receipt import receipt
@@ -34,6 +44,8 @@ class Service(Protocol):
     """What the API needs of the NVA."""
 
     authority: Authority
+
+    async def create_gateway(self, wish: GatewayWish) -> Gateway: ...
 
     async def create_vm(self, wish: Vm) -> Vm: ...
 
@@ -62,6 +74,14 @@ class Service(Protocol):
     async def repair(self, move_id: str | None) -> list[dict[str, str]]: ...
 
     def follow(self, move_id: str) -> AsyncIterator[dict[str, Any]]: ...
+
+
+class GatewayWish(Record, frozen=True, kw_only=True):
+    """Body of POST /v1/gateways. The rest is chosen."""
+
+    network: str
+    host: str
+    leg: Leg
 
 
 class VmWish(Record, frozen=True, kw_only=True):
@@ -152,6 +172,7 @@ def create_app(service: Service) -> FastAPI:
         return {"status": "ok"}
 
     _records(app, service)
+    _gateways(app, service)
     _machines(app, service)
     _moves(app, service)
     return app
@@ -201,6 +222,23 @@ def _records(app: FastAPI, service: Service) -> None:
     @app.delete("/v1/endpoints/{name}", status_code=204)
     async def delete_endpoint(name: str) -> Response:
         await authority.delete_endpoint(name)
+        return Response(status_code=204)
+
+
+def _gateways(app: FastAPI, service: Service) -> None:
+    authority = service.authority
+
+    @app.get("/v1/gateways")
+    async def gateways() -> JSONResponse:
+        return _json(sorted(authority.cluster.gateways.values(), key=lambda each: each.network))
+
+    @app.post("/v1/gateways", status_code=201)
+    async def create_gateway(request: Request) -> JSONResponse:
+        return _json(await service.create_gateway(await _body(request, GatewayWish)), 201)
+
+    @app.delete("/v1/gateways/{network}", status_code=204)
+    async def delete_gateway(network: str) -> Response:
+        await authority.delete_gateway(network)
         return Response(status_code=204)
 
 

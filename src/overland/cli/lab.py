@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import typer
 
 from overland.cli.client import Client, write_context
+from overland.cli.gateway import row
 from overland.cli.options import Api, LabName, Output
 from overland.cli.output import Exit, Failure, Format, done, show
-from overland.lab import console, guest
+from overland.lab import console, guest, outside
 from overland.lab import lab as labs
 from overland.lab.topology import LABS, Topology, endpoint_namespace, topology
 from overland.model.names import gateway_of
@@ -163,6 +164,31 @@ def in_guest(
     sys.stdout.buffer.write(out)
     sys.stdout.flush()
     sys.exit(code)
+
+
+@lab.command("outside")
+def lead_outside(
+    network: str,
+    host: Annotated[str, typer.Option(help="where the gateway is")],
+    name: LabName = "lab",
+    output: Output = Format.table,
+) -> None:
+    """Give a routed network a gateway to the lab's outside; `lab exec outside` is a host there."""
+    client = lab_client(name)
+    networks = {each["name"]: each for each in client.call("GET", "/v1/networks")}
+    subnets = {family: networks.get(network, {}).get(family) for family in outside.ROUTER}
+    legs = [each["leg"] for each in client.call("GET", "/v1/gateways")]
+    taken = [leg[family] for leg in legs for family in outside.ROUTER]
+    leg = outside.free_leg(taken, [family for family, subnet in subnets.items() if subnet])
+    try:
+        outside.reach(name, host)
+        wish = {"network": network, "host": host, "leg": leg}
+        made = client.call("POST", "/v1/gateways", wish)
+        own = {family: leg[family].partition("/")[0] for family in subnets if family in leg}
+        outside.route(name, ((subnets[family], address) for family, address in own.items()))
+    except labs.LabFailure as error:
+        raise _failure(error) from None
+    show(row(made), output)
 
 
 @endpoint.command("add")

@@ -8,11 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from overland.cli.client import Client
+from overland.cli.gateway import gateway
 from overland.cli.options import Api, Output
 from overland.cli.output import Exit, Failure, Format, done, show
 from overland.cli.vm import MOVE_COLUMNS, states
 
 network = typer.Typer(no_args_is_help=True, help="Virtual networks.")
+network.add_typer(gateway, name="gateway")
 host = typer.Typer(no_args_is_help=True, help="Hosts and their NVEs.")
 NETWORK_COLUMNS = ("name", "vni", "kind", "ipv4", "ipv6", "mtu", "underlay")
 HOST_COLUMNS = (

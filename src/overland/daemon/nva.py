@@ -19,7 +19,7 @@ import msgspec
 import uvicorn
 import uvloop
 
-from overland.api.rest import create_app
+from overland.api.rest import GatewayWish, create_app
 from overland.api.standby import standing_by
 from overland.config import NvaConfig
 from overland.daemon import run_first
@@ -41,7 +41,7 @@ from overland.mobility.messages import (
     Retire,
     WakeUp,
 )
-from overland.model.cluster import Mapping, Refused, Vm
+from overland.model.cluster import Gateway, Mapping, Refused, Vm
 from overland.model.forecast import Forecast
 from overland.model.handover import ENDED, Handover, Options
 from overland.model.receipt import receipt, timestamp
@@ -533,17 +533,37 @@ class Domain:
         A VM does not run before (requirements.md 3.3): Blocked when that does not come true.
         """
         networks = {each.network for each in vm.interfaces}
+        if not await self._in_kernel(vm.host, networks, vm.name, vm.version):
+            why = f"its interfaces were not associated within {ASSOCIATE_LIMIT_S:g} s"
+            raise Blocked([_refused("failed", f"vm {vm.name}", why)])
+
+    async def _in_kernel(self, host: str, networks: set[str], owner: str, version: int) -> bool:
+        """Whether NVE `host` comes to have `owner` of `version` in its kernel in time."""
 
         def there() -> bool:
-            views = [self._pushes.in_kernel(vm.host, network) for network in networks]
-            return all(v is not None and v.versions.get(vm.name) == vm.version for v in views)
+            views = [self._pushes.in_kernel(host, network) for network in networks]
+            return all(v is not None and v.versions.get(owner) == version for v in views)
 
         try:
             async with asyncio.timeout(ASSOCIATE_LIMIT_S), self._acks:
                 await self._acks.wait_for(there)
         except TimeoutError:
-            why = f"its interfaces were not associated within {ASSOCIATE_LIMIT_S:g} s"
-            raise Blocked([_refused("failed", f"vm {vm.name}", why)]) from None
+            return False
+        return True
+
+    async def create_gateway(self, wish: GatewayWish) -> Gateway:
+        """Record it, and return when its NVE has it; nothing stays when that does not come true."""
+        gateway = await self.authority.create_gateway(wish.network, wish.host, wish.leg)
+        networks = {gateway.network}
+        if not await self._in_kernel(gateway.host, networks, gateway.owner, gateway.version):
+            await self.authority.delete_gateway(gateway.network)
+            what, why = (
+                f"gateway of network {gateway.network}",
+                f"host {gateway.host} cannot make it",
+            )
+            hint = f"is there a bridge {gateway.leg.bridge}? The log of its NVE has the reason"
+            raise Blocked([Refused(code="failed", what=what, why=why, hint=hint)])
+        return gateway
 
     def _stop_if_moving(self, vm: Vm) -> None:
         if vm.move is not None:

@@ -16,6 +16,7 @@ from overland.config import NveConfig
 from overland.daemon import run_first
 from overland.dataplane.announce import announce
 from overland.dataplane.gates import Gates
+from overland.dataplane.gateway import Gateways
 from overland.dataplane.handover import LinuxHandoverPath
 from overland.dataplane.hold import Injectors
 from overland.dataplane.linux import LinuxKernel
@@ -64,10 +65,11 @@ class Nve:
         nft.ensure()
         injectors = Injectors()
         self._routers = Routers(ip, config.namespace_prefix)
+        self._gateways = Gateways(ip, config.namespace_prefix)
         self._taps = taps
         self._hypervisor = QemuHypervisor(Path(config.run_dir), taps, config.qemu)
         self._agent = Agent(
-            LinuxKernel(ip, nft, gates, taps, self._routers, config.hold_frames),
+            LinuxKernel(ip, nft, gates, taps, self._routers, self._gateways, config.hold_frames),
             lambda port: announce(port, injectors.into(port.device, mark=0), taps.fd(port.port)),
         )
         self._handovers = Handovers(
@@ -110,6 +112,7 @@ class Nve:
                     self._adopt(part.vm.name, port.port)
         await self._handovers.resume()
         await self._routers.sweep()
+        await self._gateways.sweep()
         self._host = await self._facts()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._agent.run())

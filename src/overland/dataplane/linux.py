@@ -16,16 +16,18 @@ from typing import Any
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from overland.dataplane import endpoint, router
+from overland.dataplane import endpoint, gateway, router
 from overland.dataplane.devices import answer_only, interface_index, silence
 from overland.dataplane.gates import Gates
+from overland.dataplane.gateway import Gateways
 from overland.dataplane.nftables import Nftables
 from overland.dataplane.router import Routers
 from overland.dataplane.tap import TapTable
-from overland.model.names import is_ours
+from overland.model.names import default_mac, is_ours
 from overland.model.nve import (
     FLOOD,
     BridgeEntry,
+    DefaultRoute,
     HostRoute,
     InTransit,
     KernelState,
@@ -41,7 +43,11 @@ from overland.ports import KernelFailure
 
 VXLAN_PORT = 4789
 _KINDS = {"bridge": "bridge", "vxlan": "vxlan", "tun": "tap", "veth": "veth"}
-_OURS = ("bridge", "vxlan", "router", "port")
+_OURS = ("bridge", "vxlan", "router", "gateway", "leg", "port")
+_BY_MARK = ("router", "gateway", "leg")
+"""To the kernel they are veth pairs like an endpoint's."""
+
+_TENANTS = ("tap", "veth", "gateway")
 _NTF_SELF, _NTF_MASTER = 0x02, 0x04
 _NUD_NOARP, _NUD_PERMANENT = 0x40, 0x80
 _ALREADY, _ABSENT = {errno.EEXIST}, {errno.ENOENT, errno.ENODEV, errno.ESRCH}
@@ -57,6 +63,7 @@ class LinuxKernel:
         gates: Gates,
         taps: TapTable,
         routers: Routers,
+        gateways: Gateways,
         queue_frames: int,
     ) -> None:
         self._ip = ip
@@ -64,6 +71,7 @@ class LinuxKernel:
         self._gates = gates
         self._taps = taps
         self._routers = routers
+        self._gateways = gateways
         self._queue_frames = queue_frames
 
     # ------------------------------------------------------------ reading back
@@ -84,6 +92,7 @@ class LinuxKernel:
             neighbours=frozenset(await self._neighbours(names, bridges)),
             router_neighbours=frozenset(e for e in routed if isinstance(e, RouterNeighbour)),
             host_routes=frozenset(e for e in routed if isinstance(e, HostRoute)),
+            default_routes=frozenset(e for e in routed if isinstance(e, DefaultRoute)),
             muted=frozenset(Muted(port=port) for port in self._nft.muted()),
             in_transit=frozenset(
                 InTransit(port=port, mac=mac) for port, mac in self._nft.in_transit()
@@ -190,7 +199,10 @@ class LinuxKernel:
                 self._nft.unroute(name)
                 self._taps.forget(name)
                 self._gates.forget(index)
-                await self._ip.link("del", index=index)
+                if op.fact.kind == "gateway":
+                    await self._gateways.remove(name)
+                else:
+                    await self._ip.link("del", index=index)
             case BridgeEntry(mac=mac, port=port):
                 await self._fdb("del", port, mac, flags=_NTF_MASTER)
             case TunnelEntry(device=device, mac=mac, remote=remote):
@@ -225,17 +237,22 @@ class LinuxKernel:
             await self._routers.set_up(link)
         index = interface_index(link.name)
         wanted: dict[str, Any] = {"ifalias": link.alias, "mtu": link.mtu}
+        if link.kind == "bridge":
+            # Else it takes its lowest port's, and forgets all neighbours when that comes or goes.
+            wanted["address"] = default_mac(link.name, 0)
         if link.master is not None:
             wanted["master"] = interface_index(link.master)
         await self._ip.link("set", index=index, **wanted)
-        if link.kind in ("tap", "veth"):
+        if link.kind in _TENANTS:
             (self._nft.route if link.routed else self._nft.unroute)(link.name)
             await self._gates.ensure(link.name, "port")
         elif link.kind == "vxlan":
             await self._gates.ensure(link.name, "peer")
-        if link.kind != "bridge":
+        if link.kind not in ("bridge", "leg"):  # the outside's bridge has manners of its own
             await self._ip.brport("set", index=index, learning=0, **_manners(link))
         await self._ip.link("set", index=index, state="up")
+        if link.kind == "leg":
+            await self._gateways.announce(link)
 
     async def _make(self, link: Link) -> None:
         match link.kind:
@@ -268,6 +285,8 @@ class LinuxKernel:
                 self._taps.make(link.name, self._queue_frames)
             case "veth":
                 await endpoint.make(self._ip, link)
+            case "gateway" | "leg":
+                await self._gateways.make(link)
 
 
 def _manners(link: Link) -> dict[str, int]:
@@ -287,7 +306,7 @@ def _manners(link: Link) -> dict[str, int]:
 
 def _is_routed(name: str, kind: str, port: Any, routed: set[str]) -> bool:
     """Tell whether all is so that a port speaks with the router only."""
-    if port is None or kind not in ("vxlan", "tap", "veth"):
+    if port is None or kind not in ("vxlan", *_TENANTS):
         return False
     flags = ("UNICAST_FLOOD", "MCAST_FLOOD", "BCAST_FLOOD")
     closed = not any(port.get_attr(f"IFLA_BRPORT_{flag}") for flag in flags)
@@ -301,7 +320,8 @@ def _read_link(message: Any, names: dict[int, str], routed: set[str]) -> Link | 
     found = _KINDS.get(info.get_attr("IFLA_INFO_KIND")) if info is not None else None
     if not is_ours(alias) or found is None or alias.split()[1] not in _OURS:
         return None
-    kind = "router" if alias.split()[1] == "router" else found
+    mark = alias.split()[1]
+    kind = mark if mark in _BY_MARK else found
     name = message.get_attr("IFLA_IFNAME")
     fields: dict[str, Any] = {
         "name": name,
@@ -317,6 +337,8 @@ def _read_link(message: Any, names: dict[int, str], routed: set[str]) -> Link | 
         fields["local"] = data.get_attr("IFLA_VXLAN_LOCAL") or data.get_attr("IFLA_VXLAN_LOCAL6")
     if kind == "veth":
         fields |= endpoint.from_alias(alias)
+    if kind in ("gateway", "leg"):
+        fields |= gateway.from_alias(alias)
     if kind == "router":
         fields["gateways"] = router.from_alias(alias)
     return Link(**fields)

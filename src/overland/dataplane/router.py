@@ -20,7 +20,7 @@ from pyroute2 import AsyncIPRoute
 from overland.dataplane.devices import interface_index
 from overland.dataplane.namespace import NETNS, batch, inside, path_of, run, shown
 from overland.model.names import GATEWAY_MAC, router_name, router_namespace
-from overland.model.nve import HostRoute, Link, Op, OpFailure, RouterNeighbour
+from overland.model.nve import DefaultRoute, HostRoute, Link, Op, OpFailure, RouterNeighbour
 from overland.ports import KernelFailure
 
 INNER = "gw"
@@ -29,7 +29,7 @@ ICMP_INTERVAL_MS = 100
 
 log = logging.getLogger(__name__)
 
-Entry = HostRoute | RouterNeighbour
+Entry = HostRoute | DefaultRoute | RouterNeighbour
 _SHOW = (
     f"route show table all dev {INNER} proto static",  # of all tables, or IPv4 alone is shown
     f"neigh show dev {INNER} nud permanent",
@@ -62,6 +62,7 @@ def from_alias(alias: str) -> tuple[str, ...]:
 
 class _Route(msgspec.Struct):
     dst: str
+    gateway: str = ""
     metrics: list[dict[str, int]] = []
 
 
@@ -146,10 +147,7 @@ class Routers:
         except KernelFailure:
             return None
         return [
-            *(
-                HostRoute(router=name, address=each.dst, mtu=_mtu(each))
-                for each in msgspec.json.decode(routes, type=list[_Route])
-            ),
+            *(_route(name, each) for each in msgspec.json.decode(routes, type=list[_Route])),
             *(
                 RouterNeighbour(router=name, address=each.dst, mac=each.lladdr)
                 for each in msgspec.json.decode(neighbours, type=list[_Neigh])
@@ -180,6 +178,12 @@ def _there(device: str) -> bool:
     return False
 
 
+def _route(router: str, route: _Route) -> HostRoute | DefaultRoute:
+    if route.dst == "default":
+        return DefaultRoute(router=router, via=route.gateway, mtu=_mtu(route))
+    return HostRoute(router=router, address=route.dst, mtu=_mtu(route))
+
+
 def _mtu(route: _Route) -> int:
     return next((each["mtu"] for each in route.metrics if "mtu" in each), 0)
 
@@ -191,5 +195,7 @@ def _line(op: Op) -> str:
             return f"neigh {verb} {address} lladdr {mac} nud permanent dev {INNER}"
         case HostRoute(address=address, mtu=mtu):
             return f"route {verb} {address} dev {INNER} proto static mtu {mtu}"
+        case DefaultRoute(via=via, mtu=mtu):
+            return f"route {verb} default via {via} dev {INNER} proto static mtu {mtu}"
         case _:
             raise AssertionError(op)

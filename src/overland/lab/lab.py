@@ -33,7 +33,8 @@ class LabFailure(Exception):
     """The lab cannot be; one line for a person."""
 
 
-def _ip(*lines: str, namespace: str | None = None) -> None:
+def ip(*lines: str, namespace: str | None = None) -> None:
+    """Run each line as an `ip` command; LabFailure with the first that fails."""
     command = ["ip", *(("-n", namespace) if namespace else ()), "-batch", "-"]
     done = subprocess.run(
         command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False
@@ -70,22 +71,22 @@ def up(lab: Topology) -> dict[str, Any]:
 
 
 def _namespaces(lab: Topology) -> None:
-    _ip(f"netns add {lab.underlay}")
-    _ip(
+    ip(f"netns add {lab.underlay}")
+    ip(
         "link add br0 type bridge stp_state 0 mcast_snooping 0",
         f"link set br0 mtu {UNDERLAY_MTU} up",
         "link set lo up",
         namespace=lab.underlay,
     )
     for index, host in enumerate((*lab.nvas, *lab.hosts)):
-        _ip(f"netns add {host.namespace}")
-        _ip(
+        ip(f"netns add {host.namespace}")
+        ip(
             f"link add u{index} mtu {UNDERLAY_MTU} type veth peer name underlay "
             f"mtu {UNDERLAY_MTU} netns {host.namespace}",
             f"link set u{index} master br0 up",
             namespace=lab.underlay,
         )
-        _ip(
+        ip(
             "link set lo up",
             "link set underlay up",
             f"addr add {host.underlay_ipv4}/24 dev underlay",
@@ -356,7 +357,7 @@ def down(name: str, folder: Path, *, keep_logs: bool = False) -> list[str]:
             os.kill(pid, signal.SIGKILL)
     _until_gone(found)
     for namespace in found:
-        _ip(f"netns del {namespace}")
+        ip(f"netns del {namespace}")
     _forget_home(name)
     if not keep_logs:
         shutil.rmtree(folder, ignore_errors=True)

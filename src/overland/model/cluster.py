@@ -124,6 +124,45 @@ class Endpoint(Record, frozen=True, kw_only=True):
     version: int = 1
 
 
+class Leg(Record, frozen=True, kw_only=True):
+    """Where a gateway stands in the physical network: a port of `bridge`, a device of its host.
+
+    Addresses are the gateway's own, with their prefix length; `via` the next routers' there. All
+    of a family or nothing.
+    """
+
+    bridge: str
+    mac: str = ""
+    ipv4: str | None = None
+    ipv6: str | None = None
+    via_ipv4: str | None = None
+    via_ipv6: str | None = None
+
+    def families(self) -> tuple[Family, ...]:
+        """Those in which there is a way out."""
+        each: tuple[tuple[Family, str | None], ...]
+        each = (("ipv4", self.via_ipv4), ("ipv6", self.via_ipv6))
+        return tuple(family for family, via in each if via)
+
+
+class Gateway(Record, frozen=True, kw_only=True):
+    """The way between routed VN `network` and the physical network, on `host` (R-19).
+
+    `interface` is its place in the VN, where it is mapped like a tenant; `leg` the one outside.
+    """
+
+    network: str
+    host: str
+    interface: Interface
+    leg: Leg
+    version: int = 1
+
+    @property
+    def owner(self) -> str:
+        """Who it is in mappings; no VM can have such a name."""
+        return f"gateway/{self.host}"
+
+
 class Mapping(Record, frozen=True, kw_only=True):
     """(VN, tenant address) to NVE (N-01). `nve` is a host name; its addresses are in `Host`."""
 

@@ -140,6 +140,21 @@ def router_name(vni: int) -> str:
     return f"ovr{vni}"
 
 
+def gateway_name(vni: int) -> str:
+    """Kernel name of the bridge port behind which the gateway of a routed VN is, on its host."""
+    return f"ovg{vni}"
+
+
+def leg_name(vni: int) -> str:
+    """Kernel name of the gateway's port in a bridge of the physical network."""
+    return f"ovl{vni}"
+
+
+def gateway_namespace(prefix: str, device: str) -> str:
+    """Network namespace of the gateway behind port or leg `device`; `prefix` is the NVE's own."""
+    return f"{prefix}-g{vni_of(device)}"
+
+
 def router_namespace(prefix: str, device: str) -> str:
     """Network namespace of the router behind bridge port `device`; `prefix` is the NVE's own."""
     return f"{prefix}-r{vni_of(device)}"
@@ -166,5 +181,5 @@ def is_ours(alias: str | None) -> bool:
 
 
 def vni_of(device: str) -> int:
-    """The VNI in the kernel name of a VN's VXLAN device, bridge or router port."""
+    """The VNI in the kernel name of a VN's VXLAN device, bridge, router port, gateway or leg."""
     return int(device[3:])

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from overland.model.cluster import Family, Record
+from overland.model.cluster import Family, Leg, Record
 
 FLOOD = "00:00:00:00:00:00"
 """The VXLAN entry that stands for everybody: broadcast, unknown unicast and multicast."""
@@ -21,22 +21,27 @@ class TsiIntent(Record, frozen=True, kw_only=True):
 
     `associated`: everything is in place but nothing from it is let in. `activated`: in use.
     `index` counts the interfaces of one owner. `namespace` is set for an endpoint only.
-    `in_transit`: what is sent to it here is dropped and counted (R-33).
+    `in_transit`: what is sent to it here is dropped and counted (R-33). `leg` is set for a gateway
+    only, the VN's way out.
     """
 
     owner: str
     index: int
-    kind: Literal["tap", "veth"]
+    kind: Literal["tap", "veth", "gateway"]
     mac: str
     ipv4: str | None = None
     ipv6: str | None = None
     state: Literal["associated", "activated"]
     namespace: str | None = None
     in_transit: bool = False
+    leg: Leg | None = None
 
 
 class RemoteIntent(Record, frozen=True, kw_only=True):
-    """A tenant address behind another NVE; `nve` is that NVE's underlay address."""
+    """A tenant address behind another NVE; `nve` is that NVE's underlay address.
+
+    `outside`: the families in which it is the VN's way to everything that is not in the VN.
+    """
 
     mac: str
     ipv4: str | None = None
@@ -44,6 +49,7 @@ class RemoteIntent(Record, frozen=True, kw_only=True):
     nve: str
     version: int
     in_transit: bool = False
+    outside: tuple[Family, ...] = ()
 
 
 class VnIntent(Record, frozen=True, kw_only=True):
@@ -101,14 +107,16 @@ class NveIntent(Record, frozen=True, kw_only=True):
 class Link(Record, frozen=True, kw_only=True):
     """A network device of ours. Attributes a kind does not have stay None.
 
-    `kind`: bridge, vxlan, router, tap, veth. `alias` carries our mark. `namespace`/`peer_*`
-    describe the inner end of an endpoint's veth. A router is the bridge port before a namespace of
-    its own; `gateways` are the addresses in there. `routed`: the port speaks with the router only
-    (of a VXLAN device: it carries no broadcast).
+    `kind`: bridge, vxlan, router, tap, veth, gateway, leg. `alias` carries our mark.
+    `namespace`/`peer_*` describe the inner end of an endpoint's or gateway's veth. A router is the
+    bridge port before a namespace of its own; `gateways` are the addresses in there. A gateway is
+    the port before another one, and its leg, whose `gateways` are the next routers, leads out of
+    that. `routed`: the port speaks with the router only (of a VXLAN device: it carries no
+    broadcast).
     """
 
     name: str
-    kind: Literal["bridge", "vxlan", "router", "tap", "veth"]
+    kind: Literal["bridge", "vxlan", "router", "tap", "veth", "gateway", "leg"]
     alias: str
     mtu: int
     master: str | None = None
@@ -167,6 +175,14 @@ class HostRoute(Record, frozen=True, kw_only=True):
     mtu: int
 
 
+class DefaultRoute(Record, frozen=True, kw_only=True):
+    """In the router behind `router`, what is not in the VN goes to its gateway, tenant `via`."""
+
+    router: str
+    via: str
+    mtu: int
+
+
 class Muted(Record, frozen=True, kw_only=True):
     """A port from which nothing may come in: associated, not activated."""
 
@@ -181,7 +197,15 @@ class InTransit(Record, frozen=True, kw_only=True):
 
 
 Fact = (
-    Link | BridgeEntry | TunnelEntry | Neighbour | RouterNeighbour | HostRoute | Muted | InTransit
+    Link
+    | BridgeEntry
+    | TunnelEntry
+    | Neighbour
+    | RouterNeighbour
+    | HostRoute
+    | DefaultRoute
+    | Muted
+    | InTransit
 )
 
 
@@ -194,6 +218,7 @@ class KernelState(Record, frozen=True, kw_only=True):
     neighbours: frozenset[Neighbour] = frozenset()
     router_neighbours: frozenset[RouterNeighbour] = frozenset()
     host_routes: frozenset[HostRoute] = frozenset()
+    default_routes: frozenset[DefaultRoute] = frozenset()
     muted: frozenset[Muted] = frozenset()
     in_transit: frozenset[InTransit] = frozenset()
 

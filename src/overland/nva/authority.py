@@ -16,8 +16,10 @@ import msgspec
 from overland.mobility.coordinator import recoverable
 from overland.model.cluster import (
     Endpoint,
+    Gateway,
     Host,
     Interface,
+    Leg,
     Network,
     Refused,
     Vm,
@@ -28,12 +30,13 @@ from overland.model.handover import ENDED, Handover, MovingPort, Options, PhaseA
 from overland.model.names import port_name, vxlan_name
 from overland.nva import rules
 from overland.nva.cluster import Cluster
+from overland.nva.gateways import chosen, gateway_blockers, removal_blockers
 from overland.nva.mapping import underlay_address
 from overland.nva.placement import Placement, drain_plan
 from overland.ports import Conflict, Delete, Expect, Ledger, Put, StoreFailure
 
-Kept = Network | Host | Vm | Endpoint | Handover
-T = TypeVar("T", Network, Host, Vm, Endpoint, Handover)
+Kept = Network | Host | Vm | Endpoint | Gateway | Handover
+T = TypeVar("T", Network, Host, Vm, Endpoint, Gateway, Handover)
 
 
 class Blocked(Exception):
@@ -75,6 +78,7 @@ class Authority:
         await self._load("host/", Host, self.cluster.hosts)
         await self._load("vm/", Vm, self.cluster.vms)
         await self._load("endpoint/", Endpoint, self.cluster.endpoints)
+        await self._load("gateway/", Gateway, self.cluster.gateways)
         moves: dict[str, Handover] = {}
         await self._load("move/", Handover, moves)
         for name, move in moves.items():
@@ -117,6 +121,24 @@ class Authority:
             _stop_if(rules.network_in_use(self.cluster, name))
             await self._write({}, (f"network/{name}",))
             del self.cluster.networks[name]
+
+    async def create_gateway(self, network: str, host: str, leg: Leg) -> Gateway:
+        """Record the way out of `network`, its addresses in the VN chosen; Blocked if refused."""
+        async with self._lock:
+            gateway = chosen(self.cluster, network, host, leg)
+            _stop_if(gateway_blockers(self.cluster, gateway))
+            await self._write({f"gateway/{network}": gateway})
+            self.cluster.gateways[network] = gateway
+        self._changed(frozenset({network}))
+        return gateway
+
+    async def delete_gateway(self, network: str) -> None:
+        """From now on nothing outside is reached from `network`."""
+        async with self._lock:
+            _stop_if(removal_blockers(self.cluster, network))
+            await self._write({}, (f"gateway/{network}",))
+            del self.cluster.gateways[network]
+        self._changed(frozenset({network}))
 
     # ------------------------------------------------------------ hosts
 

@@ -6,7 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from overland.model.cluster import Endpoint, Host, Interface, Network, Record, Vm, VmState
+from overland.model.cluster import (
+    Endpoint,
+    Gateway,
+    Host,
+    Interface,
+    Leg,
+    Network,
+    Record,
+    Vm,
+    VmState,
+)
 from overland.model.handover import Handover, Marking, marking
 
 AT_REST: tuple[VmState, ...] = ("shutdown", "suspended", "crashed")
@@ -14,17 +24,18 @@ AT_REST: tuple[VmState, ...] = ("shutdown", "suspended", "crashed")
 
 
 class Tsi(Record, frozen=True, kw_only=True):
-    """One interface with its owner and place, be it a VM's or an endpoint's."""
+    """One interface with its owner and place, be it a VM's, an endpoint's or a gateway's."""
 
     owner: str
     index: int
-    kind: Literal["tap", "veth"]
+    kind: Literal["tap", "veth", "gateway"]
     host: str
     interface: Interface
     version: int
     namespace: str | None = None
     active: bool = True
     marking: Marking = "none"
+    leg: Leg | None = None
 
 
 @dataclass(slots=True)
@@ -35,6 +46,8 @@ class Cluster:
     hosts: dict[str, Host] = field(default_factory=dict)
     vms: dict[str, Vm] = field(default_factory=dict)
     endpoints: dict[str, Endpoint] = field(default_factory=dict)
+    gateways: dict[str, Gateway] = field(default_factory=dict)
+    """By network: there is one way out of each."""
     moves: dict[str, Handover] = field(default_factory=dict)
     """Open moves only."""
 
@@ -62,6 +75,17 @@ class Cluster:
                 interface=endpoint.interface,
                 version=endpoint.version,
                 namespace=endpoint.namespace,
+            )
+
+        for gateway in self.gateways.values():
+            yield Tsi(
+                owner=gateway.owner,
+                index=0,
+                kind="gateway",
+                host=gateway.host,
+                interface=gateway.interface,
+                version=gateway.version,
+                leg=gateway.leg,
             )
 
     def places(self, network: str) -> set[str]:

@@ -146,6 +146,7 @@ def _local(tsi: Tsi, state: Literal["associated", "activated"]) -> TsiIntent:
         state=state,
         namespace=tsi.namespace,
         in_transit=tsi.marking == "all",
+        leg=tsi.leg,
     )
 
 
@@ -157,6 +158,7 @@ def _remote(tsi: Tsi, address: str) -> RemoteIntent:
         nve=address,
         version=tsi.version,
         in_transit=tsi.marking != "none",
+        outside=tsi.leg.families() if tsi.leg else (),
     )
 
 

@@ -108,9 +108,10 @@ def network_in_use(cluster: Cluster, name: str) -> Iterator[Refused]:
         yield _unknown("network", name)
     for tsi in cluster.tsis():
         if tsi.interface.network == name:
-            yield _no(
-                "in_use", f"network {name}", f"{tsi.owner} is attached", f"delete {tsi.owner} first"
-            )
+            hint = f"delete {tsi.owner} first"
+            if tsi.kind == "gateway":
+                hint = f"`overland network gateway remove {name}`"
+            yield _no("in_use", f"network {name}", f"{tsi.owner} is attached", hint)
 
 
 def host_blockers(cluster: Cluster, name: str) -> Iterator[Refused]:
@@ -452,7 +453,7 @@ def _deaf_peers(cluster: Cluster, vm: Vm, to: str) -> Iterator[Refused]:
     for name in sorted(places - {vm.host, to}):
         host = cluster.hosts.get(name)
         if host is not None and not host.ready and not host.dead:
-            why = "it has tenants in the VM's network, and its NVE does not answer"
+            why = "it has tenants or the gateway of the VM's network, and its NVE does not answer"
             yield _no("peer_not_ready", f"host {name}", why, "start its NVE daemon")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Hashable
 from overland.model.nve import (
     FLOOD,
     BridgeEntry,
+    DefaultRoute,
     Fact,
     HostRoute,
     InTransit,
@@ -24,7 +25,7 @@ from overland.model.nve import (
     TunnelEntry,
 )
 
-_LINK_ORDER = {"bridge": 0, "vxlan": 1, "router": 2, "tap": 3, "veth": 3}
+_LINK_ORDER = {"bridge": 0, "vxlan": 1, "router": 2, "tap": 3, "veth": 3, "gateway": 3, "leg": 4}
 
 
 def delta(desired: KernelState, actual: KernelState) -> tuple[Op, ...]:
@@ -44,6 +45,7 @@ def _facts(state: KernelState) -> frozenset[Fact]:
         | state.neighbours
         | state.router_neighbours
         | state.host_routes
+        | state.default_routes
         | state.muted
         | state.in_transit
     )
@@ -66,6 +68,8 @@ def _slot(fact: Fact) -> Hashable:
             return ("router neighbour", router, address)
         case HostRoute(router=router, address=address):
             return ("route", router, address)
+        case DefaultRoute(router=router, via=via):
+            return ("default route", router, ":" in via)
         case Muted(port=port):
             return ("muted", port)
         case InTransit(port=port, mac=mac):
@@ -92,6 +96,8 @@ def _put_order(op: Op) -> tuple[int, int, str]:
             return (5, 0, router + address)
         case HostRoute(router=router, address=address):
             return (6, 0, router + address)
+        case DefaultRoute(router=router, via=via):
+            return (7, 0, router + via)
         case _:
             raise AssertionError(op)
 
@@ -100,6 +106,8 @@ def _remove_order(op: Op) -> tuple[int, int, str]:
     match op.fact:
         case Muted(port=port):
             return (0, 0, port)
+        case DefaultRoute(router=router, via=via):
+            return (0, 1, router + via)
         case HostRoute(router=router, address=address):
             return (1, 0, router + address)
         case RouterNeighbour(router=router, address=address):

@@ -8,6 +8,8 @@ from overland.model.names import (
     GATEWAY_MAC,
     ROUTER_MTU_BYTES,
     bridge_name,
+    gateway_name,
+    leg_name,
     mark,
     port_name,
     router_name,
@@ -16,6 +18,7 @@ from overland.model.names import (
 from overland.model.nve import (
     FLOOD,
     BridgeEntry,
+    DefaultRoute,
     Fact,
     HostRoute,
     InTransit,
@@ -42,6 +45,7 @@ def render(intent: NveIntent) -> KernelState:
         neighbours=frozenset(f for f in facts if isinstance(f, Neighbour)),
         router_neighbours=frozenset(f for f in facts if isinstance(f, RouterNeighbour)),
         host_routes=frozenset(f for f in facts if isinstance(f, HostRoute)),
+        default_routes=frozenset(f for f in facts if isinstance(f, DefaultRoute)),
         muted=frozenset(f for f in facts if isinstance(f, Muted)),
         in_transit=frozenset(f for f in facts if isinstance(f, InTransit)),
     )
@@ -65,11 +69,12 @@ def _vn(vn: VnIntent) -> Iterator[Fact]:
     here = {tsi.mac for tsi in vn.tsis if tsi.state == "activated"}
     for tsi in vn.tsis:
         yield _port(vn, tsi, bridge)
+        yield from _leg(vn, tsi)
         if tsi.state == "activated":
-            yield BridgeEntry(bridge=bridge, mac=tsi.mac, port=port_name(tsi.owner, tsi.index))
+            yield BridgeEntry(bridge=bridge, mac=tsi.mac, port=_name(vn, tsi))
             yield from _known(vn, tsi)
         else:
-            yield Muted(port=port_name(tsi.owner, tsi.index))
+            yield Muted(port=_name(vn, tsi))
     for remote in vn.remotes:
         # A TSI that is only associated here still lives behind the other NVE.
         if remote.mac not in here:
@@ -83,7 +88,7 @@ def _in_transit(vn: VnIntent) -> Iterator[InTransit]:
     """At every port of the VN: its tenants' own, and the one by which other NVEs come in."""
     macs = {tsi.mac for tsi in vn.tsis if tsi.in_transit}
     macs |= {remote.mac for remote in vn.remotes if remote.in_transit}
-    ports = [vxlan_name(vn.vni), *(port_name(tsi.owner, tsi.index) for tsi in vn.tsis)]
+    ports = [vxlan_name(vn.vni), *(_name(vn, tsi) for tsi in vn.tsis)]
     for mac in macs:
         for port in ports:
             yield InTransit(port=port, mac=mac)
@@ -114,12 +119,46 @@ def _known(vn: VnIntent, tenant: TsiIntent | RemoteIntent) -> Iterator[Fact]:
             router = router_name(vn.vni)
             yield RouterNeighbour(router=router, address=address, mac=tenant.mac)
             yield HostRoute(router=router, address=address, mtu=vn.mtu)
+            if _is_way_out(tenant, address):
+                yield DefaultRoute(router=router, via=address, mtu=vn.mtu)
         else:
             yield Neighbour(bridge=bridge_name(vn.vni), address=address, mac=tenant.mac)
 
 
+def _is_way_out(tenant: TsiIntent | RemoteIntent, address: str) -> bool:
+    if isinstance(tenant, RemoteIntent):
+        families = tenant.outside
+    else:
+        families = tenant.leg.families() if tenant.leg else ()
+    return ("ipv6" if ":" in address else "ipv4") in families
+
+
+def _name(vn: VnIntent, tsi: TsiIntent) -> str:
+    return gateway_name(vn.vni) if tsi.leg else port_name(tsi.owner, tsi.index)
+
+
+def _leg(vn: VnIntent, tsi: TsiIntent) -> Iterator[Link]:
+    """The gateway's port in the physical network, which owes this VN no MTU."""
+    leg = tsi.leg
+    if leg is None:
+        return
+    via = tuple(filter(None, (leg.via_ipv4, leg.via_ipv6)))
+    inside = (vn.network, leg.mac, leg.ipv4 or "-", leg.ipv6 or "-", *via)
+    yield Link(
+        name=leg_name(vn.vni),
+        kind="leg",
+        alias=mark("leg", " ".join(inside)),
+        mtu=ROUTER_MTU_BYTES,
+        master=leg.bridge,
+        gateways=via,
+        peer_mac=leg.mac,
+        peer_ipv4=leg.ipv4,
+        peer_ipv6=leg.ipv6,
+    )
+
+
 def _port(vn: VnIntent, tsi: TsiIntent, bridge: str) -> Link:
-    name = port_name(tsi.owner, tsi.index)
+    name = _name(vn, tsi)
     who = f"{tsi.owner}/{tsi.index}"
     routed = bool(vn.gateways)
     if tsi.kind == "tap":
@@ -127,12 +166,13 @@ def _port(vn: VnIntent, tsi: TsiIntent, bridge: str) -> Link:
         return Link(name=name, kind="tap", alias=alias, mtu=vn.mtu, master=bridge, routed=routed)
     ipv4 = f"{tsi.ipv4}/{32 if routed else vn.ipv4_prefix}" if tsi.ipv4 else None
     ipv6 = f"{tsi.ipv6}/{128 if routed else vn.ipv6_prefix}" if tsi.ipv6 else None
-    gateways = tuple(each.partition("/")[0] for each in vn.gateways)
-    inside = (str(tsi.namespace), tsi.mac, ipv4 or "-", ipv6 or "-", *gateways)
+    # A gateway is told the subnets too: elsewhere is not behind the router, but behind its leg.
+    gateways = vn.gateways if tsi.leg else tuple(each.partition("/")[0] for each in vn.gateways)
+    inside = (tsi.namespace or "-", tsi.mac, ipv4 or "-", ipv6 or "-", *gateways)
     return Link(
         name=name,
-        kind="veth",
-        alias=mark("port", " ".join((who, *inside))),
+        kind="gateway" if tsi.leg else "veth",
+        alias=mark("gateway" if tsi.leg else "port", " ".join((who, *inside))),
         mtu=vn.mtu,
         master=bridge,
         routed=routed,
