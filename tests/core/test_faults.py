@@ -19,6 +19,7 @@ from overland.model.handover import Handover, Memory
 from overland.nva.handovers import Handovers
 from overland.ports import Put, StoreFailure
 from overland.store.sqlite import SqliteStore
+from tests.core.cold_moves import in_phase as cold_in_phase
 from tests.core.moves import NEW, OLD, in_phase
 
 OVERLAND = str(Path(sys.executable).parent / "overland")
@@ -180,6 +181,36 @@ async def test_a_full_disk_aborts_the_move_and_says_so(phase: str) -> None:
         moves.report(m.Closed(move="m1", nve=nve))
     await until(lambda: bool(records.written) and records.written[-1].phase == "aborted")
     assert records.written[-1].outcome == "aborted"
+
+
+class SlowToWrite(FullDisk):
+    """Subscribers hear of a record as the store has it."""
+
+    heard: Handover | None = None
+    refused = 0
+
+    async def journal(self, record: Handover) -> None:
+        self.refused += not self.free
+        await super().journal(record)
+
+    def publish(self, record: Handover) -> None:
+        self.heard = self.written[-1] if self.written else None
+
+
+async def test_a_cold_move_is_published_when_it_is_written_however_late() -> None:
+    """R-33: else its address would stay in transit for ever, for nothing more is written."""
+    records = SlowToWrite()
+    records.free = True
+    moves = Handovers(records, lambda _nve, _order: None, lambda _: None)
+    moves.begin(cold_in_phase("committed"))
+    await until(lambda: bool(records.written))
+    records.free = False
+    moves.report(m.Running(move="m1", nve=NEW, at_ns=50, held=0))
+    await until(lambda: records.refused > 0)
+    records.heard, records.free = None, True
+    await until(lambda: records.heard is not None)
+    assert records.heard is not None
+    assert records.heard.phase == "converging"
 
 
 async def until(true: Callable[[], bool]) -> None:

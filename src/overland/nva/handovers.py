@@ -193,7 +193,8 @@ class _Move:
         """Write `after`; when that is not possible a move that may still turn back does so.
 
         On the way back, and after the commit, it goes on without: there the next write tells all.
-        The last record is written however long it takes: it sets the VM free.
+        The last record is written however long it takes: it sets the VM free. So is one that is to
+        be published: subscribers hear what the store has, and perhaps nothing more comes.
         """
         while True:
             try:
@@ -201,9 +202,11 @@ class _Move:
                 return after, effects
             except StoreFailure as failure:
                 log.error("move %s: %s", after.id, failure)
-                if after.phase in ENDED:
+                decided = committed(after.phase) or after.phase == "aborting"
+                published = any(isinstance(effect, m.Publish) for effect in effects)
+                if after.phase in ENDED or (decided and published):
                     await asyncio.sleep(RETRY_S)
-                elif committed(after.phase) or after.phase == "aborting":
+                elif decided:
                     return after, effects
                 else:
                     abort = m.Abort(why=str(failure))
