@@ -236,6 +236,13 @@ def test_a_state_that_does_not_wake_leaves_the_vm_suspended_at_the_new_host() ->
     record, _ = step(in_phase("committed"), m.Crashed(move="m1", nve=NEW, why="bad"), 0.0, 1)
     assert (record.phase, record.ends_as) == ("converging", "suspended")
     assert "bad" in (record.reason or "")
+    assert "h1 keeps the state" in (record.reason or "")
+    told: list[m.AnyOrder | m.ColdOrder] = []
+    for nve in (OLD, NEW, PEER):
+        record, effects = step(record, has(nve, "none"), 0.0, 1)
+        told += [each.order for each in effects if isinstance(each, m.Ask)]
+    assert record.phase == "drained"
+    assert {type(each) for each in told} == {m.Count}, "its old host drops nothing"
 
 
 def test_a_vm_at_rest_without_a_state_needs_nothing_of_its_old_host() -> None:

@@ -14,7 +14,7 @@ from overland.model.nve import InTransit, NveIntent
 from overland.model.ticket import Seal, Ticket, ticket_of
 from overland.nva.cluster import Cluster
 from overland.nva.mapping import VnView
-from overland.nve.cold import ColdMoves
+from overland.nve.cold import ColdMoves, may_be_last
 from overland.nve.render import render
 from overland.ports import Hypervisor, HypervisorFailure
 from tests.core.cold_moves import after, cold
@@ -70,6 +70,8 @@ class FakeHost:
         return 9
 
     async def keep_state(self, vm: str, move: str) -> None:
+        if not self.files & {move, vm} and self.here is None:
+            raise HypervisorFailure("not here any more")
         if move in self.files:
             self.files.remove(move)
             self.files.add(vm)
@@ -179,6 +181,27 @@ async def test_a_state_that_does_not_wake_stays_on_the_disk_as_the_vms_own() -> 
     said = await answer(host, moves(host, ticket=ticket()), wake)
     assert isinstance(said, m.Crashed)
     assert host.files == {"web"}
+
+
+@pytest.mark.parametrize("state", ["running", "suspended"])
+async def test_a_state_that_is_gone_from_the_new_host_is_said(state: Any) -> None:
+    """HO-43: else the old host would drop the only good one."""
+    host, vm = FakeHost(), msgspec.structs.replace(VM, state=state)
+    wake = order(m.WakeUp, vm, version=2, seal=SEAL)
+    said = await answer(host, moves(host, ticket=ticket()), wake)
+    assert isinstance(said, m.Crashed)
+    assert host.seen == {}
+
+
+@pytest.mark.parametrize(("state", "left"), [("running", set()), ("suspended", {"web"})])
+async def test_an_old_state_stays_while_the_vm_sleeps_elsewhere(state: Any, left: set[str]) -> None:
+    """HO-43: it may be the last good one; a new move there puts its own in its place."""
+    host, vm = FakeHost(), msgspec.structs.replace(VM, state=state)
+    host.files = {"web"}
+    assert may_be_last(vm, NEW) is bool(left)
+    assert not may_be_last(vm, OLD)
+    await answer(host, moves(host), order(m.Associate, vm))
+    assert host.files == left
 
 
 @pytest.mark.req("R-48")

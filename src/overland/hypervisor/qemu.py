@@ -474,6 +474,8 @@ class QemuHypervisor:
         if taken.exists():
             self._saved(vm).parent.mkdir(exist_ok=True)
             taken.replace(self._saved(vm))
+        elif vm not in self._machines and not self._saved(vm).exists():
+            raise HypervisorFailure(f"the state of VM {vm} is not here any more")
 
     async def drop_taken(self, move: str) -> None:
         await self._taker.give_up(self._run_dir / "taken" / move)

@@ -183,7 +183,8 @@ def _wanted(record: Handover) -> tuple[tuple[str, ColdOrder], ...]:
 def _last(record: Handover, nve: str) -> ColdOrder:
     """What closes the move at `nve`."""
     move, vm, ports = record.id, record.vm, record.ports
-    if record.phase == "drained" and nve == record.old_nve and carries(record):
+    if record.phase == "drained" and nve == record.old_nve and record.resume_ns:
+        # Only of a state that has come to its end is the old one of no use (HO-43).
         return DropState(move=move, vm=vm, ports=ports, version=record.version)
     return Count(move=move, vm=vm, ports=ports)
 
@@ -288,9 +289,10 @@ def _committed(record: Handover, event: Committed, now_s: float, now_ns: int) ->
 
 
 def _asleep(record: Handover, why: str, now_s: float, now_ns: int) -> Step:
-    """The state is whole on the new host, but did not wake: the move ends, the VM is suspended."""
+    """The move ends with the VM suspended: its state at the new host, and the old one, stay."""
     if record.phase != "committed":
         return record, ()
+    why = f"{why}; {record.old_nve} keeps the state that it saved"
     return _woken(msgspec.structs.replace(record, reason=why, ends_as="suspended"), now_s, now_ns)
 
 
