@@ -2,27 +2,93 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import msgspec
 import pytest
+from qemu.qmp import QMPClient
 
-from overland.hypervisor.qemu import QemuHypervisor, TapSource
+from overland.hypervisor.qemu import QemuHypervisor, TapSource, _Machine
 from overland.ports import HypervisorFailure
+from tests.core.moves import VM
+
+PAUSED = msgspec.structs.replace(VM, state="paused")
 
 
-def hypervisor(folder: Path) -> QemuHypervisor:
-    (folder / "suspended").mkdir()
-    (folder / "taken").mkdir()
-    return QemuHypervisor(folder, cast("TapSource", None))
+class FakeQemu:
+    """The monitor of one process: it answers what it is asked, and remembers it."""
+
+    def __init__(self, status: str) -> None:
+        self.status = status
+        self.asked: list[str] = []
+
+    async def execute(self, command: str, _arguments: Any = None) -> Any:
+        self.asked.append(command)
+        return {"status": self.status} if command == "query-status" else {}
 
 
-async def test_a_state_that_is_nowhere_is_not_kept(tmp_path: Path) -> None:
+@pytest.fixture
+def host(tmp_path: Path) -> QemuHypervisor:
+    for folder in ("suspended", "taken", "web"):
+        (tmp_path / folder).mkdir()
+    return QemuHypervisor(tmp_path, cast("TapSource", None))
+
+
+@pytest.fixture
+async def process() -> AsyncIterator[int]:
+    process = await asyncio.create_subprocess_exec("sleep", "60")
+    yield process.pid
+    if process.returncode is None:
+        process.kill()
+    await process.wait()
+
+
+def runs(host: QemuHypervisor, pid: int, status: str, migration: str) -> FakeQemu:
+    qemu = FakeQemu(status)
+    machine = _Machine("web", pid, cast("QMPClient", qemu), cast("socket.socket", None))
+    machine.migration = migration
+    host._machines["web"] = machine  # noqa: SLF001 - as if it had started it
+    return qemu
+
+
+async def test_a_state_that_is_nowhere_is_not_kept(host: QemuHypervisor, tmp_path: Path) -> None:
     """HO-43: the new host must not say that it has what it has not. What is kept stays kept."""
-    host = hypervisor(tmp_path)
     with pytest.raises(HypervisorFailure, match="not here any more"):
         await host.keep_state("web", "m1")
     (tmp_path / "taken" / "m1").write_bytes(b"state")
     for _ in range(2):
         await host.keep_state("web", "m1")
         assert await host.saved_bytes("web") == 5
+
+
+@pytest.mark.req("R-48")
+@pytest.mark.parametrize("file", [".saving-web", "web"])
+async def test_a_paused_vm_that_was_saved_wholly_wakes_from_its_state(
+    host: QemuHypervisor, process: int, tmp_path: Path, monkeypatch: Any, file: str
+) -> None:
+    """Its process cannot go on without running: the file is the VM, so it must not go."""
+    (tmp_path / "suspended" / file).write_bytes(b"state")
+    woken: list[bytes] = []
+
+    async def wake(_vm: Any, _ports: Any) -> int:
+        assert await host.names() == []
+        woken.append((tmp_path / "suspended" / "web").read_bytes())
+        return 1
+
+    monkeypatch.setattr(host, "wake", wake)
+    qemu = runs(host, process, "postmigrate", "completed")
+    await host.back_to(PAUSED, [])
+    assert woken == [b"state"]
+    assert "cont" not in qemu.asked
+
+
+async def test_a_process_without_a_state_is_not_ended(host: QemuHypervisor, process: int) -> None:
+    """What it holds in memory is all there is of the VM."""
+    runs(host, process, "postmigrate", "completed")
+    with pytest.raises(HypervisorFailure, match="not here"):
+        await host.suspend("web")
+    assert await host.names() == ["web"]

@@ -375,18 +375,26 @@ class QemuHypervisor:
         if vm not in self._machines and self._saved(vm).exists():
             return 0
         machine = self._machine(vm)
-        if machine.migration not in ("setup", "active") and await self.state(vm) != "sent":
-            await self._begin_saving(machine)
-        await self._wait(machine, "saved state", lambda: machine.migration in _DONE, SAVE_LIMIT_S)
         saving = self._saved(vm, _SAVING)
+        if machine.migration not in ("setup", "active"):
+            if await self.state(vm) != "sent":
+                await self._begin_saving(machine)
+            elif not saving.exists() and not self._saved(vm).exists():
+                raise HypervisorFailure(f"QEMU of {vm} has sent its state, which is not here")
+        await self._wait(machine, "saved state", lambda: machine.migration in _DONE, SAVE_LIMIT_S)
         if machine.migration == "failed":
             saving.unlink(missing_ok=True)
             await self.resume(vm)
             raise HypervisorFailure(f"QEMU of {vm}: its state could not be saved (disk full?)")
+        await self._end_saved(vm)
+        return machine.stopped_ns
+
+    async def _end_saved(self, vm: str) -> None:
+        """The state is whole: from now on it is the VM, and not the process."""
+        saving = self._saved(vm, _SAVING)
         if saving.exists():
             saving.replace(self._saved(vm))
         await self._end(vm)
-        return machine.stopped_ns
 
     async def _begin_saving(self, machine: _Machine) -> None:
         saving = self._saved(machine.name, _SAVING)
@@ -454,10 +462,20 @@ class QemuHypervisor:
             return
         if machine.migration in ("setup", "active"):
             await self.cancel(vm.name)
+        if vm.state == "paused" and await self._is_saved(machine):
+            # What has been sent can only run on; a VM that is to stay paused wakes from its state.
+            await self._end_saved(vm.name)
+            await self.wake(vm, ports)
+            return
         for kind in (_SAVING, ""):
             self._saved(vm.name, kind).unlink(missing_ok=True)
         if vm.state != "paused" and await self.state(vm.name) != "running":
             await self.resume(vm.name)
+
+    async def _is_saved(self, machine: _Machine) -> bool:
+        files = (self._saved(machine.name, kind) for kind in (_SAVING, ""))
+        whole = machine.migration == "completed" and any(file.exists() for file in files)
+        return whole and await self.state(machine.name) == "sent"
 
     async def saved_bytes(self, vm: str) -> int:
         saved = self._saved(vm)
