@@ -25,9 +25,16 @@ class FakeQemu:
     def __init__(self, status: str) -> None:
         self.status = status
         self.asked: list[str] = []
+        self.machine: _Machine
 
     async def execute(self, command: str, _arguments: Any = None) -> Any:
         self.asked.append(command)
+        if command == "stop":
+            self.status, self.machine.stopped_ns = "paused", 20
+        if command == "cont":
+            self.status, self.machine.resumed_ns = "running", 30
+        if command == "migrate":
+            self.machine.migration = "failed"
         return {"status": self.status} if command == "query-status" else {}
 
 
@@ -51,6 +58,7 @@ def runs(host: QemuHypervisor, pid: int, status: str, migration: str) -> FakeQem
     qemu = FakeQemu(status)
     machine = _Machine("web", pid, cast("QMPClient", qemu), cast("socket.socket", None))
     machine.migration = migration
+    qemu.machine = machine
     host._machines["web"] = machine  # noqa: SLF001 - as if it had started it
     return qemu
 
@@ -92,3 +100,14 @@ async def test_a_process_without_a_state_is_not_ended(host: QemuHypervisor, proc
     with pytest.raises(HypervisorFailure, match="not here"):
         await host.suspend("web")
     assert await host.names() == ["web"]
+
+
+@pytest.mark.req("R-48")
+@pytest.mark.parametrize("status", ["running", "paused"])
+async def test_a_vm_that_cannot_be_saved_is_as_it_was(
+    host: QemuHypervisor, process: int, status: str
+) -> None:
+    qemu = runs(host, process, status, "")
+    with pytest.raises(HypervisorFailure, match="could not be saved"):
+        await host.suspend("web")
+    assert qemu.status == status

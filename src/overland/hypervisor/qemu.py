@@ -90,6 +90,7 @@ class _Machine:
         self.migration = ""
         self.passes = 0
         self.cancels = 0
+        self.ran = False  # when its saving began
         self.ended = False
         self.listener = EventListener(_EVENTS)
         self.task: asyncio.Task[None] | None = None
@@ -384,7 +385,8 @@ class QemuHypervisor:
         await self._wait(machine, "saved state", lambda: machine.migration in _DONE, SAVE_LIMIT_S)
         if machine.migration == "failed":
             saving.unlink(missing_ok=True)
-            await self.resume(vm)
+            if machine.ran:
+                await self.resume(vm)
             raise HypervisorFailure(f"QEMU of {vm}: its state could not be saved (disk full?)")
         await self._end_saved(vm)
         return machine.stopped_ns
@@ -410,7 +412,8 @@ class QemuHypervisor:
 
     async def _stop_for(self, machine: _Machine) -> None:
         """A VM that is paused already has no STOP to wait for: its saving begins now."""
-        if await self.state(machine.name) == "running":
+        machine.ran = await self.state(machine.name) == "running"
+        if machine.ran:
             await self.pause(machine.name)
         else:
             machine.stopped_ns = time.time_ns()
