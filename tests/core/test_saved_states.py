@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import signal
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,6 +18,7 @@ from qemu.qmp import QMPClient
 from overland.hypervisor.qemu import QemuHypervisor, TapSource, _Machine
 from overland.ports import HypervisorFailure
 from tests.core.moves import VM
+from tests.core.test_faults import until
 
 PAUSED = msgspec.structs.replace(VM, state="paused")
 
@@ -37,6 +41,8 @@ class FakeQemu:
             self.machine.migration = "failed"
         return {"status": self.status} if command == "query-status" else {}
 
+    async def disconnect(self) -> None: ...
+
 
 @pytest.fixture
 def host(tmp_path: Path) -> QemuHypervisor:
@@ -49,7 +55,7 @@ def host(tmp_path: Path) -> QemuHypervisor:
 async def process() -> AsyncIterator[int]:
     process = await asyncio.create_subprocess_exec("sleep", "60")
     yield process.pid
-    if process.returncode is None:
+    with contextlib.suppress(ProcessLookupError):
         process.kill()
     await process.wait()
 
@@ -111,3 +117,26 @@ async def test_a_vm_that_cannot_be_saved_is_as_it_was(
     with pytest.raises(HypervisorFailure, match="could not be saved"):
         await host.suspend("web")
     assert qemu.status == status
+
+
+async def test_a_state_that_does_not_wake_is_no_crash(
+    host: QemuHypervisor, process: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Its VM is suspended, as before: the file is there for another try."""
+    (tmp_path / "suspended" / "web").write_bytes(b"state")
+    listening: list[asyncio.Task[None]] = []
+
+    async def spawn(*_: Any, **__: Any) -> _Machine:
+        machine = runs(host, process, "inmigrate", "").machine
+        listening.append(asyncio.create_task(host._listen(machine)))  # noqa: SLF001 - as it does
+        return machine
+
+    monkeypatch.setattr(host, "_spawn", spawn)
+    waking = asyncio.create_task(host.wake(VM, []))
+    await until(lambda: bool(listening))
+    os.kill(process, signal.SIGKILL)
+    with pytest.raises(HypervisorFailure, match="ended"):
+        await waking
+    await listening[0]
+    assert host._events.empty()  # noqa: SLF001 - no event is to come, ever
+    assert await host.saved() == ["web"]

@@ -91,6 +91,7 @@ class _Machine:
         self.passes = 0
         self.cancels = 0
         self.ran = False  # when its saving began
+        self.wakes = False  # from a state in a file, which is the VM until that is done
         self.ended = False
         self.listener = EventListener(_EVENTS)
         self.task: asyncio.Task[None] | None = None
@@ -294,7 +295,8 @@ class QemuHypervisor:
             machine.changed.notify_all()
         if self._machines.get(machine.name) is machine:
             del self._machines[machine.name]
-            self._events.put_nowait((machine.name, "crashed"))
+            if not machine.wakes:
+                self._events.put_nowait((machine.name, "crashed"))
         with contextlib.suppress(QMPError, EOFError, OSError):
             await machine.client.disconnect()
 
@@ -426,10 +428,12 @@ class QemuHypervisor:
 
     async def _run_from(self, state: Path, vm: Vm, ports: Sequence[str]) -> int:
         """Run a VM from its state in a file, or leave it paused if it was; may be repeated."""
-        if vm.name not in self._machines:
+        machine = self._machines.get(vm.name)
+        if machine is None:
             if not state.exists():
                 raise HypervisorFailure(f"VM {vm.name} has no saved state here")
             machine = await self._spawn(vm, ports, incoming=True)
+            machine.wakes = True
             await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
             await self._do(machine, "migrate-incoming", uri=f"exec:cat {shlex.quote(str(state))}")
         try:
@@ -439,6 +443,7 @@ class QemuHypervisor:
         except HypervisorFailure:
             await self._end(vm.name)  # the state is there for another try
             raise
+        machine.wakes = False
         return at_ns
 
     async def recover(self, vm: Vm, ports: Sequence[str]) -> int:
