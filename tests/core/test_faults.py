@@ -17,10 +17,12 @@ from overland.lab.topology import topology
 from overland.mobility import messages as m
 from overland.model.handover import Handover, Memory
 from overland.nva.handovers import Handovers
+from overland.nva.mapping import VnView
 from overland.ports import Put, StoreFailure
 from overland.store.sqlite import SqliteStore
 from tests.core.cold_moves import in_phase as cold_in_phase
 from tests.core.moves import NEW, OLD, in_phase
+from tests.core.test_mapping import BLUE, cluster
 
 OVERLAND = str(Path(sys.executable).parent / "overland")
 
@@ -230,6 +232,22 @@ class Remembered:
 
     async def open_moves(self) -> list[Handover]:
         return []
+
+
+@pytest.mark.req("R-33")
+async def test_an_nve_counts_when_every_vn_of_the_vm_is_in_its_kernel() -> None:
+    """HO-41: in all of those in which it has a part; of the others it never hears."""
+    moves = Handovers(Remembered(), lambda _nve, _order: None, lambda _: None)
+    blue = cold_in_phase("converging")
+    both = (*blue.ports, msgspec.structs.replace(blue.ports[0], network="red", vni=43))
+    moves.begin(msgspec.structs.replace(blue, ports=both))
+    views = {"blue": VnView(cluster(), BLUE)}
+    moves.in_kernel(OLD, views.get, lambda _network: True)
+    moves.in_kernel(NEW, views.get, lambda network: network == "blue")
+    await until(lambda: bool((record := moves.record("m1")) and record.acknowledged))
+    record = moves.record("m1")
+    assert record is not None
+    assert [each.nve for each in record.acknowledged] == [NEW]
 
 
 async def test_a_deadline_is_kept_however_much_is_reported() -> None:

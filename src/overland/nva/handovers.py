@@ -91,16 +91,23 @@ class Handovers:
             if hot and record.vm.name == vm and record.commit_ns and version >= record.version:
                 move.post(m.Acknowledged(nve=nve, at_ns=time.time_ns()))
 
-    def in_kernel(self, nve: str, view: Callable[[str], VnView | None]) -> None:
+    def in_kernel(
+        self, nve: str, view: Callable[[str], VnView | None], has_part: Callable[[str], bool]
+    ) -> None:
         """NVE `nve` has acknowledged: what of the VMs in cold moves is in its kernel?
 
-        `view` is a VN as it is known to be there. An interface in another VN may be behind.
+        `view` is a VN as it is known to be there; `has_part` tells whether it is to be there at
+        all. An interface in another VN may be behind, or not be there yet.
         """
         for move in self._open.values():
             record = move.record
-            views = [found for p in record.ports if (found := view(p.network)) is not None]
+            networks = [port.network for port in record.ports]
+            views = [found for network in networks if (found := view(network)) is not None]
             name = record.vm.name
             current = all(v.versions.get(name, 0) >= record.version for v in views)
+            current = current and not any(
+                view(each) is None and has_part(each) for each in networks
+            )
             markings = {each.markings.get(name, "none") for each in views}
             if record.mode == "cold" and current and len(markings) == 1:
                 marking = markings.pop()
