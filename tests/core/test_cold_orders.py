@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from overland.mobility import messages as m
-from overland.model.cluster import Vm
+from overland.model.cluster import Network, Vm
+from overland.model.names import router_name
 from overland.model.nve import InTransit, NveIntent
 from overland.model.ticket import Seal, Ticket, ticket_of
 from overland.nva.cluster import Cluster
@@ -222,9 +223,9 @@ async def test_a_copy_that_runs_here_is_not_touched() -> None:
     assert host.here == "running"
 
 
-def in_transit(now: Cluster, host: str) -> set[str]:
+def in_transit(now: Cluster, host: str, network: Network = BLUE) -> set[str]:
     """The ports at which `host` drops what is for web."""
-    state = render(NveIntent(vns=(VnView(now, BLUE).intent(host),)))
+    state = render(NveIntent(vns=(VnView(now, network).intent(host),)))
     assert {type(each) for each in state.in_transit} <= {InTransit}
     return {each.port for each in state.in_transit}
 
@@ -246,3 +247,14 @@ def test_others_drop_first_the_old_nve_last_and_nobody_once_it_runs() -> None:
         assert bool(in_transit(now, "h2")) is there, record.phase
         assert ("ovx42" in in_transit(now, "h2")) is there
         assert len(VnView(now, BLUE).intent("h2").remotes) == 1
+
+
+@pytest.mark.req("R-33")
+def test_in_a_routed_network_the_router_is_where_tenants_enter() -> None:
+    now = cluster("migrating")
+    now.networks["blue"] = routed = msgspec.structs.replace(BLUE, kind="l3")
+    now.vms["web"] = msgspec.structs.replace(now.vms["web"], move="m1")
+    now.moves["m1"] = after("paused", 2)
+    for host in ("h1", "h2"):
+        assert router_name(42) in in_transit(now, host, routed)
+        assert router_name(42) not in in_transit(now, host, BLUE)
