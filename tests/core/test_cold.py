@@ -244,6 +244,10 @@ def test_a_state_that_does_not_wake_leaves_the_vm_suspended_at_the_new_host() ->
         told += [each.order for each in effects if isinstance(each, m.Ask)]
     assert record.phase == "drained"
     assert {type(each) for each in told} == {m.Count}, "its old host drops nothing"
+    for nve in (OLD, NEW, PEER):
+        record, _ = step(record, m.Closed(move="m1", nve=nve), 0.0, 1)
+    with pytest.raises(ValueError, match="did not wake"):
+        timeline(receipt(record))
 
 
 def test_a_vm_at_rest_without_a_state_needs_nothing_of_its_old_host() -> None:
