@@ -301,7 +301,14 @@ def test_a_new_nve_that_was_restarted_listens_anew() -> None:
 
 
 orders = st.lists(
-    st.sampled_from([*EVENTS.values(), *(has(n, "none") for n in ROLES)]), max_size=40
+    st.sampled_from(
+        [
+            *EVENTS.values(),
+            *(has(n, "none") for n in ROLES),
+            *(m.Lost(nve=n, dead=True) for n in (OLD, NEW)),
+        ]
+    ),
+    max_size=40,
 )
 
 
