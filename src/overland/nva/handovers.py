@@ -15,7 +15,7 @@ from typing import Protocol
 
 from overland.mobility import cold, coordinator
 from overland.mobility import messages as m
-from overland.model.handover import ENDED, Handover, committed
+from overland.model.handover import ENDED, Handover, committed, marking
 from overland.nva.mapping import VnView
 from overland.ports import Conflict, StoreFailure
 
@@ -110,8 +110,8 @@ class Handovers:
             )
             markings = {each.markings.get(name, "none") for each in views}
             if record.mode == "cold" and current and len(markings) == 1:
-                marking = markings.pop()
-                move.post(m.Acknowledged(nve=nve, at_ns=time.time_ns(), marking=marking))
+                has = markings.pop()
+                move.post(m.Acknowledged(nve=nve, at_ns=time.time_ns(), marking=has))
 
     def lost(self, nve: str, *, dead: bool) -> None:
         """The lease of NVE `nve` has ended; `dead`: nobody hears its host either."""
@@ -200,8 +200,8 @@ class _Move:
         """Write `after`; when that is not possible a move that may still turn back does so.
 
         On the way back, and after the commit, it goes on without: there the next write tells all.
-        The last record is written however long it takes: it sets the VM free. So is one that is to
-        be published: subscribers hear what the store has, and perhaps nothing more comes.
+        The last record is written however long it takes: it sets the VM free. So is one that
+        changes the marking: subscribers hear what is written, and perhaps nothing more comes.
         """
         while True:
             try:
@@ -210,8 +210,7 @@ class _Move:
             except StoreFailure as failure:
                 log.error("move %s: %s", after.id, failure)
                 decided = committed(after.phase) or after.phase == "aborting"
-                published = any(isinstance(effect, m.Publish) for effect in effects)
-                if after.phase in ENDED or (decided and published):
+                if after.phase in ENDED or (decided and marking(after) != marking(before)):
                     await asyncio.sleep(RETRY_S)
                 elif decided:
                     return after, effects
