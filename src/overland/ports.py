@@ -366,7 +366,10 @@ class Hypervisor(Protocol):
         ...
 
     async def keep_state(self, vm: str, move: str) -> None:
-        """What `move` has brought is the saved state of `vm` here; content with its being so."""
+        """What `move` has brought is the saved state of `vm` here; content with its being so.
+
+        HypervisorFailure when there is neither a state nor a process of it.
+        """
         ...
 
     async def drop_taken(self, move: str) -> None:

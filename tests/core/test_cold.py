@@ -18,6 +18,7 @@ from overland.model.handover import (
     COLD_LEGAL,
     COLD_OLD_NVE_ACTION,
     ENDED,
+    Phase,
     committed,
     marking,
 )
@@ -236,6 +237,17 @@ def test_a_state_that_does_not_wake_leaves_the_vm_suspended_at_the_new_host() ->
     record, _ = step(in_phase("committed"), m.Crashed(move="m1", nve=NEW, why="bad"), 0.0, 1)
     assert (record.phase, record.ends_as) == ("converging", "suspended")
     assert "bad" in (record.reason or "")
+    assert "h1 keeps the state" in (record.reason or "")
+    told: list[m.AnyOrder | m.ColdOrder] = []
+    for nve in (OLD, NEW, PEER):
+        record, effects = step(record, has(nve, "none"), 0.0, 1)
+        told += [each.order for each in effects if isinstance(each, m.Ask)]
+    assert record.phase == "drained"
+    assert {type(each) for each in told} == {m.Count}, "its old host drops nothing"
+    for nve in (OLD, NEW, PEER):
+        record, _ = step(record, m.Closed(move="m1", nve=nve), 0.0, 1)
+    with pytest.raises(ValueError, match="did not wake"):
+        timeline(receipt(record))
 
 
 def test_a_vm_at_rest_without_a_state_needs_nothing_of_its_old_host() -> None:
@@ -243,6 +255,41 @@ def test_a_vm_at_rest_without_a_state_needs_nothing_of_its_old_host() -> None:
     record, _ = step(cold("crashed"), m.Start(), 0.0, 1)
     record, _ = step(record, m.Lost(nve=OLD, dead=True), 0.0, 1)
     assert record.phase == "planned"
+
+
+@pytest.mark.req("R-14")
+@pytest.mark.parametrize("phase", ["staged", "paused", "aborting"])
+def test_a_move_whose_old_host_is_dead_ends(phase: Phase) -> None:
+    """Nobody is there to have the VM back; its address is in transit no more."""
+    record, effects = step(in_phase(phase), m.Lost(nve=OLD, dead=True), 0.0, 1)
+    assert (record.phase, record.closing, marking(record)) == ("aborting", False, "none")
+    assert m.Publish() in effects
+    assert OLD not in {each.nve for each in effects if isinstance(each, m.Ask)}
+    record, _ = step(record, m.GivenBack(move="m1", nve=NEW), 0.0, 1)
+    for nve in (NEW, PEER):
+        record, _ = step(record, m.Closed(move="m1", nve=nve), 0.0, 1)
+    assert (record.phase, record.outcome) == ("aborted", "aborted")
+    assert "h1 is dead" in (record.reason or "")
+
+
+def test_an_old_host_that_is_back_before_the_end_has_its_vm_back() -> None:
+    record, _ = step(in_phase("aborting"), m.Lost(nve=OLD, dead=True), 0.0, 1)
+    record, effects = step(record, m.Back(nve=OLD), 0.0, 1)
+    assert [type(e.order) for e in effects if isinstance(e, m.Ask)] == [m.Return]
+    assert OLD in record.waiting
+
+
+@pytest.mark.req("R-14")
+def test_a_move_whose_new_host_is_dead_after_the_commit_ends() -> None:
+    """The VM has failed, not the move; what the old host saved stays (HO-43)."""
+    record, _ = step(in_phase("committed"), m.Lost(nve=NEW, dead=True), 0.0, 1)
+    assert (record.phase, record.ends_as) == ("converging", "suspended")
+    assert "h2 is dead" in (record.reason or "")
+    for nve in (OLD, PEER):
+        record, _ = step(record, has(nve, "none"), 0.0, 1)
+    for nve in (OLD, PEER):
+        record, _ = step(record, m.Closed(move="m1", nve=nve), 0.0, 1)
+    assert (record.phase, record.outcome) == ("closed", "moved")
 
 
 def test_a_new_nve_that_was_restarted_listens_anew() -> None:
@@ -254,7 +301,14 @@ def test_a_new_nve_that_was_restarted_listens_anew() -> None:
 
 
 orders = st.lists(
-    st.sampled_from([*EVENTS.values(), *(has(n, "none") for n in ROLES)]), max_size=40
+    st.sampled_from(
+        [
+            *EVENTS.values(),
+            *(has(n, "none") for n in ROLES),
+            *(m.Lost(nve=n, dead=True) for n in (OLD, NEW)),
+        ]
+    ),
+    max_size=40,
 )
 
 

@@ -9,12 +9,13 @@ import msgspec
 import pytest
 
 from overland.mobility import messages as m
-from overland.model.cluster import Vm
+from overland.model.cluster import Network, Vm
+from overland.model.names import router_name
 from overland.model.nve import InTransit, NveIntent
 from overland.model.ticket import Seal, Ticket, ticket_of
 from overland.nva.cluster import Cluster
 from overland.nva.mapping import VnView
-from overland.nve.cold import ColdMoves
+from overland.nve.cold import ColdMoves, may_be_last
 from overland.nve.render import render
 from overland.ports import Hypervisor, HypervisorFailure
 from tests.core.cold_moves import after, cold
@@ -70,6 +71,8 @@ class FakeHost:
         return 9
 
     async def keep_state(self, vm: str, move: str) -> None:
+        if not self.files & {move, vm} and self.here is None:
+            raise HypervisorFailure("not here any more")
         if move in self.files:
             self.files.remove(move)
             self.files.add(vm)
@@ -181,6 +184,27 @@ async def test_a_state_that_does_not_wake_stays_on_the_disk_as_the_vms_own() -> 
     assert host.files == {"web"}
 
 
+@pytest.mark.parametrize("state", ["running", "suspended"])
+async def test_a_state_that_is_gone_from_the_new_host_is_said(state: Any) -> None:
+    """HO-43: else the old host would drop the only good one."""
+    host, vm = FakeHost(), msgspec.structs.replace(VM, state=state)
+    wake = order(m.WakeUp, vm, version=2, seal=SEAL)
+    said = await answer(host, moves(host, ticket=ticket()), wake)
+    assert isinstance(said, m.Crashed)
+    assert host.seen == {}
+
+
+@pytest.mark.parametrize(("state", "left"), [("running", set()), ("suspended", {"web"})])
+async def test_an_old_state_stays_while_the_vm_sleeps_elsewhere(state: Any, left: set[str]) -> None:
+    """HO-43: it may be the last good one; a new move there puts its own in its place."""
+    host, vm = FakeHost(), msgspec.structs.replace(VM, state=state)
+    host.files = {"web"}
+    assert may_be_last(vm, NEW) is bool(left)
+    assert not may_be_last(vm, OLD)
+    await answer(host, moves(host), order(m.Associate, vm))
+    assert host.files == left
+
+
 @pytest.mark.req("R-48")
 @pytest.mark.parametrize(("state", "here"), [("paused", "paused"), ("suspended", None)])
 async def test_a_vm_wakes_no_further_than_it_was(state: str, here: str | None) -> None:
@@ -199,9 +223,9 @@ async def test_a_copy_that_runs_here_is_not_touched() -> None:
     assert host.here == "running"
 
 
-def in_transit(now: Cluster, host: str) -> set[str]:
+def in_transit(now: Cluster, host: str, network: Network = BLUE) -> set[str]:
     """The ports at which `host` drops what is for web."""
-    state = render(NveIntent(vns=(VnView(now, BLUE).intent(host),)))
+    state = render(NveIntent(vns=(VnView(now, network).intent(host),)))
     assert {type(each) for each in state.in_transit} <= {InTransit}
     return {each.port for each in state.in_transit}
 
@@ -223,3 +247,14 @@ def test_others_drop_first_the_old_nve_last_and_nobody_once_it_runs() -> None:
         assert bool(in_transit(now, "h2")) is there, record.phase
         assert ("ovx42" in in_transit(now, "h2")) is there
         assert len(VnView(now, BLUE).intent("h2").remotes) == 1
+
+
+@pytest.mark.req("R-33")
+def test_in_a_routed_network_the_router_is_where_tenants_enter() -> None:
+    now = cluster("migrating")
+    now.networks["blue"] = routed = msgspec.structs.replace(BLUE, kind="l3")
+    now.vms["web"] = msgspec.structs.replace(now.vms["web"], move="m1")
+    now.moves["m1"] = after("paused", 2)
+    for host in ("h1", "h2"):
+        assert router_name(42) in in_transit(now, host, routed)
+        assert router_name(42) not in in_transit(now, host, BLUE)

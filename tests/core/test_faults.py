@@ -17,9 +17,12 @@ from overland.lab.topology import topology
 from overland.mobility import messages as m
 from overland.model.handover import Handover, Memory, committed
 from overland.nva.handovers import Handovers
+from overland.nva.mapping import VnView
 from overland.ports import Put, StoreFailure
 from overland.store.sqlite import SqliteStore
+from tests.core.cold_moves import in_phase as cold_in_phase
 from tests.core.moves import NEW, OLD, in_phase
+from tests.core.test_mapping import BLUE, cluster
 
 OVERLAND = str(Path(sys.executable).parent / "overland")
 
@@ -197,6 +200,31 @@ async def test_a_full_disk_aborts_the_move_and_says_so(phase: str) -> None:
     assert records.written[-1].outcome == "aborted"
 
 
+class SlowToWrite(FullDisk):
+    """Subscribers hear of a record as the store has it."""
+
+    heard: Handover | None = None
+
+    def publish(self, record: Handover) -> None:
+        self.heard = self.written[-1] if self.written else None
+
+
+async def test_a_cold_move_is_published_when_it_is_written_however_late() -> None:
+    """R-33: else its address would stay in transit for ever, for nothing more is written."""
+    records = SlowToWrite()
+    records.free = True
+    moves = Handovers(records, lambda _nve, _order: None, lambda _: None)
+    moves.begin(cold_in_phase("committed"))
+    await until(lambda: bool(records.written))
+    records.free = False
+    moves.report(m.Running(move="m1", nve=NEW, at_ns=50, held=0))
+    await until(lambda: bool(records.refused))
+    records.heard, records.free = None, True
+    await until(lambda: records.heard is not None)
+    assert records.heard is not None
+    assert records.heard.phase == "converging"
+
+
 async def until(true: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not true():  # noqa: ASYNC110 - nothing else tells
@@ -214,6 +242,22 @@ class Remembered:
 
     async def open_moves(self) -> list[Handover]:
         return []
+
+
+@pytest.mark.req("R-33")
+async def test_an_nve_counts_when_every_vn_of_the_vm_is_in_its_kernel() -> None:
+    """HO-41: in all of those in which it has a part; of the others it never hears."""
+    moves = Handovers(Remembered(), lambda _nve, _order: None, lambda _: None)
+    blue = cold_in_phase("converging")
+    both = (*blue.ports, msgspec.structs.replace(blue.ports[0], network="red", vni=43))
+    moves.begin(msgspec.structs.replace(blue, ports=both))
+    views = {"blue": VnView(cluster(), BLUE)}
+    moves.in_kernel(OLD, views.get, lambda _network: True)
+    moves.in_kernel(NEW, views.get, lambda network: network == "blue")
+    await until(lambda: bool((record := moves.record("m1")) and record.acknowledged))
+    record = moves.record("m1")
+    assert record is not None
+    assert [each.nve for each in record.acknowledged] == [NEW]
 
 
 async def test_a_deadline_is_kept_however_much_is_reported() -> None:

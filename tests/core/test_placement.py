@@ -44,6 +44,20 @@ def test_the_biggest_goes_first_and_each_where_most_memory_is_free() -> None:
     assert {vm.host for vm in now.vms.values()} == {"h1"}, "a plan changes nothing"
 
 
+def test_only_a_vm_that_runs_goes_hot() -> None:
+    states: tuple[VmState, ...] = ("running", "paused", "suspended", "crashed")
+    plan, refused = drain_plan(
+        domain({"h2": 1000}, {state: (100, state) for state in states}), "h1"
+    )
+    assert refused == ()
+    assert {each.vm: each.mode for each in plan} == {
+        "running": "hot",
+        "paused": "cold",
+        "suspended": "cold",
+        "crashed": "cold",
+    }
+
+
 def test_who_has_nowhere_to_go_is_named_with_what_speaks_against_each_host() -> None:
     now = domain({"h2": 700, "h3": 100}, {"one": (512, "running"), "two": (512, "running")})
     plan, refused = drain_plan(now, "h1")

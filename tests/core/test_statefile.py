@@ -53,6 +53,26 @@ async def test_what_is_not_whole_is_not_kept(tmp_path: Path, what: str) -> None:
     assert await give(here, uri) == 5, "the true giver is still waited for"
 
 
+@pytest.mark.req("R-14")
+async def test_what_is_asked_for_again_while_it_comes_is_not_cut_off(tmp_path: Path) -> None:
+    """HO-42: an order is repeated whenever a link was away for a moment."""
+    there = tmp_path / "there" / "m1"
+    taker = Taker()
+    uri = await taker.take(there, "127.0.0.1")
+    _, port, secret = uri.removeprefix("state:").split("|")
+    _, writer = await asyncio.open_connection("127.0.0.1", int(port))
+    writer.write(bytes.fromhex(secret) + (1 << 20).to_bytes(8, "big") + bytes(5000))
+    await writer.drain()
+    await until(lambda: any(there.parent.iterdir()))
+    assert await taker.take(there, "127.0.0.1") == uri
+    assert any(there.parent.iterdir()), "it is still being written"
+    writer.close()
+    here = tmp_path / "here"
+    here.write_bytes(b"state")
+    assert await give(here, uri) == 5
+    await taker.give_up(there)
+
+
 async def test_a_taker_that_is_gone_is_a_failure(tmp_path: Path) -> None:
     here = tmp_path / "here"
     here.write_bytes(b"state")

@@ -65,7 +65,7 @@ def timeline(receipt: dict[str, Any]) -> str:
     if receipt["outcome"] != "moved":
         raise ValueError("only a move that reached its new host has a timeline")
     if receipt["vm_stop_ms"] is None:
-        raise ValueError("the VM was at rest: there is nothing to draw")
+        raise ValueError("the VM was at rest, or did not wake: there is nothing to draw")
     at = {each["phase"]: _at_ms(each["at"]) for each in receipt["phases"]}
     begin_ms = at["planned"]
     point = {phase: moment - begin_ms for phase, moment in at.items()}

@@ -455,7 +455,11 @@ class Domain:
             for vm, version in ack.versions.items():
                 self.handovers.acknowledged(host, vm, version)
             self._later(_notify(self._acks))
-            self.handovers.in_kernel(host, lambda network: self._pushes.in_kernel(host, network))
+            self.handovers.in_kernel(
+                host,
+                lambda network: self._pushes.in_kernel(host, network),
+                lambda network: host in self.authority.cluster.places(network),
+            )
 
     def _tell(self, nve: str, order: AnyOrder | ColdOrder) -> None:
         if isinstance(order, Activate | Retire | WakeUp | DropState):

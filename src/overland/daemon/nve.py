@@ -39,7 +39,7 @@ from overland.model.names import port_name
 from overland.model.nve import NveIntent, VnIntent, changed
 from overland.model.ticket import Seal, Ticket
 from overland.nve.agent import Agent
-from overland.nve.cold import ColdMoves
+from overland.nve.cold import ColdMoves, may_be_last
 from overland.nve.handovers import Handovers
 from overland.nve.journal import PartJournal
 from overland.nve.revisions import Revisions
@@ -302,6 +302,10 @@ class Nve:
         return ports
 
     async def _vm_do(self, action: str, vm: Vm) -> None:
+        old = action == "stop" and may_be_last(vm, self._config.host)
+        if old and await self._hypervisor.state(vm.name) is None:
+            log.warning("the old state of VM %s stays until the VM is up elsewhere", vm.name)
+            return
         ports = [port_name(vm.name, index) for index in range(len(vm.interfaces))]
         does: dict[str, Callable[[], Awaitable[Any]]] = {
             "start": lambda: self._hypervisor.start(vm, ports),

@@ -90,6 +90,8 @@ class _Machine:
         self.migration = ""
         self.passes = 0
         self.cancels = 0
+        self.ran = False  # when its saving began
+        self.wakes = False  # from a state in a file, which is the VM until that is done
         self.ended = False
         self.listener = EventListener(_EVENTS)
         self.task: asyncio.Task[None] | None = None
@@ -293,7 +295,8 @@ class QemuHypervisor:
             machine.changed.notify_all()
         if self._machines.get(machine.name) is machine:
             del self._machines[machine.name]
-            self._events.put_nowait((machine.name, "crashed"))
+            if not machine.wakes:
+                self._events.put_nowait((machine.name, "crashed"))
         with contextlib.suppress(QMPError, EOFError, OSError):
             await machine.client.disconnect()
 
@@ -375,18 +378,27 @@ class QemuHypervisor:
         if vm not in self._machines and self._saved(vm).exists():
             return 0
         machine = self._machine(vm)
-        if machine.migration not in ("setup", "active") and await self.state(vm) != "sent":
-            await self._begin_saving(machine)
-        await self._wait(machine, "saved state", lambda: machine.migration in _DONE, SAVE_LIMIT_S)
         saving = self._saved(vm, _SAVING)
+        if machine.migration not in ("setup", "active"):
+            if await self.state(vm) != "sent":
+                await self._begin_saving(machine)
+            elif not saving.exists() and not self._saved(vm).exists():
+                raise HypervisorFailure(f"QEMU of {vm} has sent its state, which is not here")
+        await self._wait(machine, "saved state", lambda: machine.migration in _DONE, SAVE_LIMIT_S)
         if machine.migration == "failed":
             saving.unlink(missing_ok=True)
-            await self.resume(vm)
+            if machine.ran:
+                await self.resume(vm)
             raise HypervisorFailure(f"QEMU of {vm}: its state could not be saved (disk full?)")
+        await self._end_saved(vm)
+        return machine.stopped_ns
+
+    async def _end_saved(self, vm: str) -> None:
+        """The state is whole: from now on it is the VM, and not the process."""
+        saving = self._saved(vm, _SAVING)
         if saving.exists():
             saving.replace(self._saved(vm))
         await self._end(vm)
-        return machine.stopped_ns
 
     async def _begin_saving(self, machine: _Machine) -> None:
         saving = self._saved(machine.name, _SAVING)
@@ -402,7 +414,8 @@ class QemuHypervisor:
 
     async def _stop_for(self, machine: _Machine) -> None:
         """A VM that is paused already has no STOP to wait for: its saving begins now."""
-        if await self.state(machine.name) == "running":
+        machine.ran = await self.state(machine.name) == "running"
+        if machine.ran:
             await self.pause(machine.name)
         else:
             machine.stopped_ns = time.time_ns()
@@ -415,10 +428,12 @@ class QemuHypervisor:
 
     async def _run_from(self, state: Path, vm: Vm, ports: Sequence[str]) -> int:
         """Run a VM from its state in a file, or leave it paused if it was; may be repeated."""
-        if vm.name not in self._machines:
+        machine = self._machines.get(vm.name)
+        if machine is None:
             if not state.exists():
                 raise HypervisorFailure(f"VM {vm.name} has no saved state here")
             machine = await self._spawn(vm, ports, incoming=True)
+            machine.wakes = True
             await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
             await self._do(machine, "migrate-incoming", uri=f"exec:cat {shlex.quote(str(state))}")
         try:
@@ -428,6 +443,7 @@ class QemuHypervisor:
         except HypervisorFailure:
             await self._end(vm.name)  # the state is there for another try
             raise
+        machine.wakes = False
         return at_ns
 
     async def recover(self, vm: Vm, ports: Sequence[str]) -> int:
@@ -454,10 +470,20 @@ class QemuHypervisor:
             return
         if machine.migration in ("setup", "active"):
             await self.cancel(vm.name)
+        if vm.state == "paused" and await self._is_saved(machine):
+            # What has been sent can only run on; a VM that is to stay paused wakes from its state.
+            await self._end_saved(vm.name)
+            await self.wake(vm, ports)
+            return
         for kind in (_SAVING, ""):
             self._saved(vm.name, kind).unlink(missing_ok=True)
         if vm.state != "paused" and await self.state(vm.name) != "running":
             await self.resume(vm.name)
+
+    async def _is_saved(self, machine: _Machine) -> bool:
+        files = (self._saved(machine.name, kind) for kind in (_SAVING, ""))
+        whole = machine.migration == "completed" and any(file.exists() for file in files)
+        return whole and await self.state(machine.name) == "sent"
 
     async def saved_bytes(self, vm: str) -> int:
         saved = self._saved(vm)
@@ -474,6 +500,8 @@ class QemuHypervisor:
         if taken.exists():
             self._saved(vm).parent.mkdir(exist_ok=True)
             taken.replace(self._saved(vm))
+        elif vm not in self._machines and not self._saved(vm).exists():
+            raise HypervisorFailure(f"the state of VM {vm} is not here any more")
 
     async def drop_taken(self, move: str) -> None:
         await self._taker.give_up(self._run_dir / "taken" / move)

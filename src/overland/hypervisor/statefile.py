@@ -27,13 +27,17 @@ class Taker:
     """Waits for files that others give; each is waited for beside the caller."""
 
     def __init__(self) -> None:
-        self._waiting: dict[Path, asyncio.Task[None]] = {}
+        self._waiting: dict[Path, tuple[str, asyncio.Task[None]]] = {}
 
     async def take(self, path: Path, address: str) -> str:
         """Wait for one file, and keep it at `path`; the URI to give it to.
 
-        A former file stays until the new one is whole. HypervisorFailure when nobody can listen.
+        A former file stays until the new one is whole. One that is still waited for, or is coming,
+        keeps its URI. HypervisorFailure when nobody can listen.
         """
+        uri, task = self._waiting.get(path, ("", None))
+        if task is not None and not task.done():
+            return uri
         secret = secrets.token_bytes(_SECRET_BYTES)
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
@@ -42,9 +46,9 @@ class Taker:
         except OSError as error:
             raise HypervisorFailure(f"cannot take a state at {address}: {error.strerror}") from None
         server.setblocking(False)
-        await self._stop_waiting(path)
-        self._waiting[path] = asyncio.create_task(_until_taken(server, path, secret))
-        return f"state:{address}|{server.getsockname()[1]}|{secret.hex()}"
+        uri = f"state:{address}|{server.getsockname()[1]}|{secret.hex()}"
+        self._waiting[path] = uri, asyncio.create_task(_until_taken(server, path, secret))
+        return uri
 
     async def give_up(self, path: Path) -> None:
         """Wait no longer for the file at `path`, and remove it; content with absence."""
@@ -52,7 +56,7 @@ class Taker:
         path.unlink(missing_ok=True)
 
     async def _stop_waiting(self, path: Path) -> None:
-        task = self._waiting.pop(path, None)
+        _, task = self._waiting.pop(path, ("", None))
         if task is not None:
             task.cancel()
             await asyncio.wait({task})

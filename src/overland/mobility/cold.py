@@ -183,7 +183,8 @@ def _wanted(record: Handover) -> tuple[tuple[str, ColdOrder], ...]:
 def _last(record: Handover, nve: str) -> ColdOrder:
     """What closes the move at `nve`."""
     move, vm, ports = record.id, record.vm, record.ports
-    if record.phase == "drained" and nve == record.old_nve and carries(record):
+    if record.phase == "drained" and nve == record.old_nve and record.resume_ns:
+        # Only of a state that has come to its end is the old one of no use (HO-43).
         return DropState(move=move, vm=vm, ports=ports, version=record.version)
     return Count(move=move, vm=vm, ports=ports)
 
@@ -192,7 +193,12 @@ def _back(record: Handover, nve: str) -> Step:
     """An NVE is there (again), and takes its part in what is left."""
     if nve in record.fenced:
         fenced = tuple(each for each in record.fenced if each != nve)
-        waiting = record.waiting | {nve} if record.closing else record.waiting
+        waits = record.closing
+        if record.lost and nve == record.old_nve and not record.closing:
+            # It is back before the end, and so may the VM be.
+            record = msgspec.structs.replace(record, lost=False, restored=False)
+            waits = True
+        waiting = record.waiting | {nve} if waits else record.waiting
         record = msgspec.structs.replace(record, fenced=fenced, waiting=waiting)
     if record.phase == "paused" and nve == record.new_nve:
         # Nobody listens at the old URI any more, if its daemon was restarted.
@@ -288,9 +294,10 @@ def _committed(record: Handover, event: Committed, now_s: float, now_ns: int) ->
 
 
 def _asleep(record: Handover, why: str, now_s: float, now_ns: int) -> Step:
-    """The state is whole on the new host, but did not wake: the move ends, the VM is suspended."""
+    """The move ends with the VM suspended: its state at the new host, and the old one, stay."""
     if record.phase != "committed":
         return record, ()
+    why = f"{why}; {record.old_nve} keeps the state that it saved"
     return _woken(msgspec.structs.replace(record, reason=why, ends_as="suspended"), now_s, now_ns)
 
 
@@ -380,10 +387,16 @@ def _turned_back(record: Handover, nve: str, now_s: float, now_ns: int) -> Step:
 def _lost(record: Handover, nve: str, now_s: float, now_ns: int, *, dead: bool) -> Step:
     """As in a hot move: before the commit the way back, after it only the dead are not waited for.
 
-    An old NVE that is to have the VM back is waited for in any case: only it knows.
+    An old NVE that is to have the VM back is waited for until it is dead: only it knows.
     """
+    turns_back = is_up(record.vm) and not committed(record.phase) and not record.restored
+    if dead and nve == record.old_nve and turns_back:
+        return _old_host_dead(record, now_s, now_ns)
     if nve not in _needed(record) or nve in record.fenced:
         return record, ()
+    if dead and nve == record.new_nve and record.phase == "committed":
+        record = msgspec.structs.replace(record, fenced=(*record.fenced, nve))
+        return _asleep(record, f"host {nve} is dead, and the VM with it", now_s, now_ns)
     if committed(record.phase) and not record.closing and not dead:
         away = f"{nve} is away: the address stays in transit there until its NVE is back"
         return msgspec.structs.replace(record, reason=away), ()
@@ -397,6 +410,23 @@ def _lost(record: Handover, nve: str, now_s: float, now_ns: int, *, dead: bool) 
     if committed(record.phase):
         return record, ()
     return _abort(record, f"{nve} is unreachable", now_s, now_ns)
+
+
+def _old_host_dead(record: Handover, now_s: float, now_ns: int) -> Step:
+    """Nobody turns anything back: the move ends, and what is left of the VM that host will say."""
+    nve, why = record.old_nve, f"host {record.old_nve} is dead, and the VM with it"
+    effects: tuple[ColdEffect, ...] = ()
+    if record.phase != "aborting":
+        record, effects = _abort(record, why, now_s, now_ns)
+    else:
+        record = msgspec.structs.replace(record, reason=f"{record.reason}; {why}")
+    fenced = tuple(dict.fromkeys((*record.fenced, nve)))
+    record = msgspec.structs.replace(
+        record, fenced=fenced, restored=True, lost=True, outcome="open"
+    )
+    effects = tuple(e for e in effects if not (isinstance(e, Ask) and e.nve == nve))
+    record, more = _give_up_waiting(record, frozenset({nve}), now_s, now_ns)
+    return record, (*effects, Publish(), *more)
 
 
 def _needed(record: Handover) -> frozenset[str]:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from overland.mobility import cold, coordinator
 from overland.mobility import messages as m
-from overland.model.handover import ENDED, Handover, committed
+from overland.model.handover import ENDED, Handover, committed, marking
 from overland.nva.mapping import VnView
 from overland.ports import Conflict, StoreFailure
 
@@ -91,20 +91,27 @@ class Handovers:
             if hot and record.vm.name == vm and record.commit_ns and version >= record.version:
                 move.post(m.Acknowledged(nve=nve, at_ns=time.time_ns()))
 
-    def in_kernel(self, nve: str, view: Callable[[str], VnView | None]) -> None:
+    def in_kernel(
+        self, nve: str, view: Callable[[str], VnView | None], has_part: Callable[[str], bool]
+    ) -> None:
         """NVE `nve` has acknowledged: what of the VMs in cold moves is in its kernel?
 
-        `view` is a VN as it is known to be there. An interface in another VN may be behind.
+        `view` is a VN as it is known to be there; `has_part` tells whether it is to be there at
+        all. An interface in another VN may be behind, or not be there yet.
         """
         for move in self._open.values():
             record = move.record
-            views = [found for p in record.ports if (found := view(p.network)) is not None]
+            networks = [port.network for port in record.ports]
+            views = [found for network in networks if (found := view(network)) is not None]
             name = record.vm.name
             current = all(v.versions.get(name, 0) >= record.version for v in views)
+            current = current and not any(
+                view(each) is None and has_part(each) for each in networks
+            )
             markings = {each.markings.get(name, "none") for each in views}
             if record.mode == "cold" and current and len(markings) == 1:
-                marking = markings.pop()
-                move.post(m.Acknowledged(nve=nve, at_ns=time.time_ns(), marking=marking))
+                has = markings.pop()
+                move.post(m.Acknowledged(nve=nve, at_ns=time.time_ns(), marking=has))
 
     def lost(self, nve: str, *, dead: bool) -> None:
         """The lease of NVE `nve` has ended; `dead`: nobody hears its host either."""
@@ -193,8 +200,9 @@ class _Move:
         """Write `after`; when that is not possible a move that may still turn back does so.
 
         On the way back, and after the commit, it goes on without: there the next write tells all.
-        Two records are written however long it takes: the last one, which sets the VM free, and
-        that of a committed move with which everybody is told to close (HO-48).
+        Three records are written however long it takes: the last one, which sets the VM free; that
+        of a committed move with which everybody is told to close (HO-48); and one that changes the
+        marking of a cold move: subscribers hear what is written, and perhaps nothing more comes.
         """
         while True:
             try:
@@ -202,9 +210,11 @@ class _Move:
                 return after, effects
             except StoreFailure as failure:
                 log.error("move %s: %s", after.id, failure)
-                if after.phase in ENDED or begins_to_close(before, after):
+                decided = committed(after.phase) or after.phase == "aborting"
+                marked = decided and marking(after) != marking(before)
+                if after.phase in ENDED or marked or begins_to_close(before, after):
                     await asyncio.sleep(RETRY_S)
-                elif committed(after.phase) or after.phase == "aborting":
+                elif decided:
                     return after, effects
                 else:
                     abort = m.Abort(why=str(failure))

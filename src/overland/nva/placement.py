@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from overland.model.cluster import Record, Refused, Vm
-from overland.nva.cluster import AT_REST, Cluster
+from overland.nva.cluster import Cluster
 from overland.nva.rules import cold_blockers, free_memory_mib, move_blockers
 
 
@@ -31,7 +31,7 @@ def drain_plan(cluster: Cluster, name: str) -> tuple[tuple[Placement, ...], tupl
     refused: list[Refused] = []
     vms = [vm for vm in cluster.vms.values() if vm.host == name]
     for vm in sorted(vms, key=lambda vm: (-vm.memory_mib, vm.name)):
-        mode: Literal["hot", "cold"] = "cold" if vm.state in AT_REST else "hot"
+        mode: Literal["hot", "cold"] = "hot" if vm.state == "running" else "cold"
         to, why = _best(ahead, vm, cold_blockers if mode == "cold" else move_blockers)
         if to is None:
             refused.append(Refused(code="nowhere_to_go", what=f"vm {vm.name}", why=why))

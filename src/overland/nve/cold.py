@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Protocol, assert_never
 
 from overland.mobility import messages as m
+from overland.model.cluster import Vm
 from overland.model.handover import Memory, Packets, is_up
 from overland.model.names import bridge_name
 from overland.model.ticket import Seal, Ticket, ticket_refusal
@@ -136,9 +137,11 @@ class ColdMoves:
 
     async def _associate(self, order: m.Associate) -> None:
         name = order.vm.name
-        if await self._hypervisor.state(name) in ("running", "paused"):
+        here = await self._hypervisor.state(name)
+        if here in ("running", "paused"):
             raise HypervisorFailure(f"a copy of {name} runs here")
-        await self._hypervisor.stop(name)  # what a former stay or move left
+        if here is not None or not may_be_last(order.vm, self._nve):
+            await self._hypervisor.stop(name)  # what a former stay or move left
         for port in order.ports:
             await self._ground.ready(port.port)
 
@@ -191,6 +194,14 @@ class ColdMoves:
             dropped += sum(found.values())
         packets = Packets(dropped={"in_transit": dropped}, residual=residual)
         return m.Closed(move=order.move, nve=self._nve, packets=packets)
+
+
+def may_be_last(vm: Vm, nve: str) -> bool:
+    """Whether a state of `vm` at `nve`, where it is not, may be the only good one (HO-43).
+
+    So it is of a VM that did not wake after its move: the old state goes when the VM is up.
+    """
+    return vm.state == "suspended" and vm.host != nve
 
 
 def _now_ns() -> int:

@@ -181,10 +181,6 @@ class Handovers:
             if running.part.vm is not None and running.part.vm.name == vm:
                 running.event(m.Broken(effect="vm", why=why))
 
-    def holds(self, vm: str) -> bool:
-        """Tell whether `vm` is in a move here, so that nobody else starts or ends it."""
-        return any(r.part.vm is not None and r.part.vm.name == vm for r in self._running.values())
-
     def _begin(self, order: m.PrepareNew | m.PrepareOld | m.PreparePeer) -> None:
         match order:
             case (

@@ -85,10 +85,12 @@ def _vn(vn: VnIntent) -> Iterator[Fact]:
 
 
 def _in_transit(vn: VnIntent) -> Iterator[InTransit]:
-    """At every port of the VN: its tenants' own, and the one by which other NVEs come in."""
+    """At every port of the VN: its tenants' own, the router's, and where other NVEs come in."""
     macs = {tsi.mac for tsi in vn.tsis if tsi.in_transit}
     macs |= {remote.mac for remote in vn.remotes if remote.in_transit}
     ports = [vxlan_name(vn.vni), *(_name(vn, tsi) for tsi in vn.tsis)]
+    if vn.gateways:
+        ports.append(router_name(vn.vni))
     for mac in macs:
         for port in ports:
             yield InTransit(port=port, mac=mac)

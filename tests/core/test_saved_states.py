@@ -1,0 +1,142 @@
+"""What the hypervisor adapter does with saved states, with a QEMU that is spoken for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+from qemu.qmp import QMPClient
+
+from overland.hypervisor.qemu import QemuHypervisor, TapSource, _Machine
+from overland.ports import HypervisorFailure
+from tests.core.moves import VM
+from tests.core.test_faults import until
+
+PAUSED = msgspec.structs.replace(VM, state="paused")
+
+
+class FakeQemu:
+    """The monitor of one process: it answers what it is asked, and remembers it."""
+
+    def __init__(self, status: str) -> None:
+        self.status = status
+        self.asked: list[str] = []
+        self.machine: _Machine
+
+    async def execute(self, command: str, _arguments: Any = None) -> Any:
+        self.asked.append(command)
+        if command == "stop":
+            self.status, self.machine.stopped_ns = "paused", 20
+        if command == "cont":
+            self.status, self.machine.resumed_ns = "running", 30
+        if command == "migrate":
+            self.machine.migration = "failed"
+        return {"status": self.status} if command == "query-status" else {}
+
+    async def disconnect(self) -> None: ...
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> QemuHypervisor:
+    for folder in ("suspended", "taken", "web"):
+        (tmp_path / folder).mkdir()
+    return QemuHypervisor(tmp_path, cast("TapSource", None))
+
+
+@pytest.fixture
+async def process() -> AsyncIterator[int]:
+    process = await asyncio.create_subprocess_exec("sleep", "60")
+    yield process.pid
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()
+
+
+def runs(host: QemuHypervisor, pid: int, status: str, migration: str) -> FakeQemu:
+    qemu = FakeQemu(status)
+    machine = _Machine("web", pid, cast("QMPClient", qemu), cast("socket.socket", None))
+    machine.migration = migration
+    qemu.machine = machine
+    host._machines["web"] = machine  # noqa: SLF001 - as if it had started it
+    return qemu
+
+
+async def test_a_state_that_is_nowhere_is_not_kept(host: QemuHypervisor, tmp_path: Path) -> None:
+    """HO-43: the new host must not say that it has what it has not. What is kept stays kept."""
+    with pytest.raises(HypervisorFailure, match="not here any more"):
+        await host.keep_state("web", "m1")
+    (tmp_path / "taken" / "m1").write_bytes(b"state")
+    for _ in range(2):
+        await host.keep_state("web", "m1")
+        assert await host.saved_bytes("web") == 5
+
+
+@pytest.mark.req("R-48")
+@pytest.mark.parametrize("file", [".saving-web", "web"])
+async def test_a_paused_vm_that_was_saved_wholly_wakes_from_its_state(
+    host: QemuHypervisor, process: int, tmp_path: Path, monkeypatch: Any, file: str
+) -> None:
+    """Its process cannot go on without running: the file is the VM, so it must not go."""
+    (tmp_path / "suspended" / file).write_bytes(b"state")
+    woken: list[bytes] = []
+
+    async def wake(_vm: Any, _ports: Any) -> int:
+        assert await host.names() == []
+        woken.append((tmp_path / "suspended" / "web").read_bytes())
+        return 1
+
+    monkeypatch.setattr(host, "wake", wake)
+    qemu = runs(host, process, "postmigrate", "completed")
+    await host.back_to(PAUSED, [])
+    assert woken == [b"state"]
+    assert "cont" not in qemu.asked
+
+
+async def test_a_process_without_a_state_is_not_ended(host: QemuHypervisor, process: int) -> None:
+    """What it holds in memory is all there is of the VM."""
+    runs(host, process, "postmigrate", "completed")
+    with pytest.raises(HypervisorFailure, match="not here"):
+        await host.suspend("web")
+    assert await host.names() == ["web"]
+
+
+@pytest.mark.req("R-48")
+@pytest.mark.parametrize("status", ["running", "paused"])
+async def test_a_vm_that_cannot_be_saved_is_as_it_was(
+    host: QemuHypervisor, process: int, status: str
+) -> None:
+    qemu = runs(host, process, status, "")
+    with pytest.raises(HypervisorFailure, match="could not be saved"):
+        await host.suspend("web")
+    assert qemu.status == status
+
+
+async def test_a_state_that_does_not_wake_is_no_crash(
+    host: QemuHypervisor, process: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Its VM is suspended, as before: the file is there for another try."""
+    (tmp_path / "suspended" / "web").write_bytes(b"state")
+    listening: list[asyncio.Task[None]] = []
+
+    async def spawn(*_: Any, **__: Any) -> _Machine:
+        machine = runs(host, process, "inmigrate", "").machine
+        listening.append(asyncio.create_task(host._listen(machine)))  # noqa: SLF001 - as it does
+        return machine
+
+    monkeypatch.setattr(host, "_spawn", spawn)
+    waking = asyncio.create_task(host.wake(VM, []))
+    await until(lambda: bool(listening))
+    os.kill(process, signal.SIGKILL)
+    with pytest.raises(HypervisorFailure, match="ended"):
+        await waking
+    await listening[0]
+    assert host._events.empty()  # noqa: SLF001 - no event is to come, ever
+    assert await host.saved() == ["web"]
