@@ -25,13 +25,12 @@ from overland.config import NvaConfig
 from overland.daemon import run_first
 from overland.dataplane.namespace import inside
 from overland.mobility import saga
-from overland.mobility.coordinator import recoverable
+from overland.mobility.coordinator import close_order, recoverable
 from overland.mobility.forecast import forecast, seen_before
 from overland.mobility.messages import (
     Activate,
     AnyOrder,
     AnyReport,
-    Close,
     Closed,
     ColdOrder,
     DropState,
@@ -208,10 +207,9 @@ class Domain:
         self._liveness.connected(host, answers=answers)
         self._later(self._keep_host(host))
         self.handovers.back(host)
-        if hello.moves:
-            self._later(self._settle_all(host, hello.moves))
-        if not hello.moves:
-            self._compare(host, hello.vms)
+        for move in hello.moves:
+            self._settle(host, move)
+        self._compare(host, hello.vms, hello.moves)
 
     def _expected(self) -> set[str]:
         """The hosts that must be heard of before what is known of a network is all of it."""
@@ -234,24 +232,34 @@ class Domain:
         for host in self.authority.cluster.hosts.keys() - self._wire.hosts():
             self._lease_ended(host)
 
-    async def _settle_all(self, host: str, moves: tuple[str, ...]) -> None:
-        """A copy that was recovered elsewhere meanwhile is ended before its move is settled."""
-        for move_id in moves:
-            record = self.authority.move(move_id)
-            vm = self.authority.cluster.vms.get(record.vm.name) if record is not None else None
-            if record is not None and vm is not None and recoverable(record) and vm.host != host:
-                log.warning("NVE %s has an old copy of VM %s: it is stopped", host, vm.name)
-                with contextlib.suppress(Blocked):
-                    await self._order("stop", vm, host)
-            self._settle(host, move_id)
-
     def _settle(self, host: str, move_id: str) -> None:
-        """An NVE still has a part in a move that has ended: tell it how (HO-21)."""
+        """An NVE still has a part in a move that has ended: tell it how (HO-21).
+
+        A copy that was recovered elsewhere meanwhile is ended before its move is settled (HO-35).
+        """
         record = self.authority.move(move_id)
-        if self.handovers.record(move_id) is None and record is not None:
-            orders = last_orders(record, host) if record.mode != "cold" else ()
-            for order in orders or (last_order_cold(record),):
-                self._tell(host, order)
+        if self.handovers.record(move_id) is not None or record is None:
+            return
+        vm = self.authority.cluster.vms.get(record.vm.name)
+        lost = recoverable(record) and host == record.old_nve
+        if lost and vm is not None and vm.host != host:
+            self._later(self._settle_after_stop(host, record, vm))
+        else:
+            self._tell_how_it_ended(host, record)
+
+    async def _settle_after_stop(self, host: str, record: Handover, vm: Vm) -> None:
+        log.warning("NVE %s has an old copy of VM %s: it is stopped", host, vm.name)
+        try:
+            await self._order("stop", vm, host)
+        except Blocked as blocked:
+            log.warning("move %s is not settled at %s: %s", record.id, host, blocked)
+            return
+        self._tell_how_it_ended(host, record)
+
+    def _tell_how_it_ended(self, host: str, record: Handover) -> None:
+        orders = last_orders(record, host) if record.mode != "cold" else ()
+        for order in orders or (last_order_cold(record),):
+            self._tell(host, order)
 
     def _ended_report(self, host: str, report: AnyReport) -> None:
         """A straggler has come to where it may close."""
@@ -260,7 +268,9 @@ class Domain:
             return
         if isinstance(report, Closed | Failed | Progress):
             return
-        self._tell(host, Close(move=report.move))
+        if record.lost and host == record.old_nve and not isinstance(report, Restored):
+            return  # it has been told to restore, and closes after that
+        self._tell(host, close_order(record, host))
         vm = self.authority.cluster.vms.get(record.vm.name)
         if isinstance(report, Restored) and vm is not None and vm.host == host:
             self._later(self._forget_checkpoint(record.vm.name))
@@ -272,12 +282,19 @@ class Domain:
             vm = self.authority.vm(name)
             self._wire.send(host, w.VmOrder(id=next(self._numbers), action="forget", vm=vm))
 
-    def _compare(self, host: str, copies: dict[str, str]) -> None:
-        """What an NVE has against the records: the record's version decides (R-14)."""
+    def _compare(self, host: str, copies: dict[str, str], moves: tuple[str, ...]) -> None:
+        """What an NVE has against the records: the record's version decides (R-14).
+
+        Not of VMs whose moves it has still to be told the end of. A copy on the record's own host
+        is the VM, whatever the record says of its state: an NVA that was restarted may not have
+        heard that an order was carried out.
+        """
+        parts = [record for each in moves if (record := self.authority.move(each)) is not None]
+        moving = {record.vm.name for record in parts}
         for vm in self.authority.cluster.vms.values():
-            if vm.move is not None:
+            if vm.move is not None or vm.name in moving:
                 continue
-            if vm.host == host and vm.state not in AT_REST:
+            if vm.host == host and (vm.state not in AT_REST or vm.name in copies):
                 state = copies.get(vm.name, "crashed")
                 self._later(self._note_state(vm.name, state, "seen at connection"))
             elif vm.host != host and vm.name in copies:

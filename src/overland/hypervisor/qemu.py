@@ -696,7 +696,8 @@ class QemuHypervisor:
     async def cancel(self, vm: str) -> None:
         machine = self._machine(vm)
         machine.cancels += 1
-        if await self._mirrors(machine):
+        # With a channel of ours it is a move's own transfer. Else the daemon was restarted: ask.
+        if machine.channel is None and await self._mirrors(machine):
             await self._break_off(machine)
             return
         try:
@@ -707,15 +708,19 @@ class QemuHypervisor:
             channels = {"instances": [{"type": "migration"}]}
             with contextlib.suppress(QMPError):
                 await machine.client.execute("yank", channels, oob=True)
+        machine.let_go()
         deadline_s = time.monotonic() + STOP_LIMIT_S
         while await self._under_way(machine):
             if time.monotonic() > deadline_s:
                 raise HypervisorFailure(f"QEMU of {vm} does not give up its transfer")
             await asyncio.sleep(0.01)
-        machine.let_go()
 
     async def _mirrors(self, machine: _Machine) -> bool:
-        said = await self._do(machine, "query-migrate-capabilities")
+        try:
+            async with asyncio.timeout(CANCEL_LIMIT_S):
+                said = await self._do(machine, "query-migrate-capabilities")
+        except TimeoutError:
+            return False  # it stands still for the network, which it does in a move only
         on = [each["capability"] for each in said if each["state"]]
         return "background-snapshot" in on
 

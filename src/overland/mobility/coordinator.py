@@ -99,7 +99,7 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             Prepared() | Received() | Stopped() | Steered() | Running() | GivenBack() | Restored()
         ) if record.closing:
             # It has come to where it may close; it may not have been there when it was told.
-            again = (tell(event.nve, Close(move=record.id)),)
+            again = (tell(event.nve, close_order(record, event.nve)),)
             waits = event.nve in record.waiting
             return record, _outstanding(record, event.nve) if waits else again
         case Start():

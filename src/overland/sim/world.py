@@ -326,7 +326,7 @@ class World:
             return
         ended = self.authority.ended_moves.get(report.move)
         if ended is not None and not isinstance(report, m.Closed | m.Failed | m.Progress):
-            self._tell(host.name, m.Close(move=report.move))
+            self._tell(host.name, coordinator.close_order(ended, host.name))
 
     def _wire(self, host: SimHost, way: str, deliver: Callable[[], None]) -> None:
         """Deliver in order, unless the connection dies first."""

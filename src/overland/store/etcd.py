@@ -149,6 +149,8 @@ class EtcdStore:
             raise StoreUnsure(_nobody(silent))
         if answer.succeeded:
             return answer.header.revision
+        if silent and not puts:
+            raise StoreUnsure(_nobody(silent))
         written = _written(puts, answer.responses) if silent else None
         if written is None:
             raise Conflict(f"{', '.join(expect.key for expect in expects)}: one has changed")
@@ -226,7 +228,7 @@ class EtcdStore:
             try:
                 return await self._one(f"{endpoint}/v3/{path}", body, kind), silent
             except _Refused as refused:
-                if refused.code not in _UNAVAILABLE:
+                if refused.code not in _UNAVAILABLE and not silent:
                     raise
                 silent += (f"{endpoint}: {refused}",)
             except (aiohttp.ClientError, TimeoutError) as error:
