@@ -303,6 +303,13 @@ def test_a_move_whose_old_host_is_dead_ends_and_its_newest_checkpoint_stays(take
     assert record.reason == f"{OLD} is unreachable; {OLD} is dead"
 
 
+def test_a_new_nve_that_speaks_late_of_a_lost_vm_keeps_the_checkpoint() -> None:
+    """It was away longer than the close may take, and its part still holds the only state."""
+    record = msgspec.structs.replace(lost_host(2)[0], waiting=frozenset({OLD}))
+    _, effects = step(record, m.GivenBack(move="m1", nve=NEW), 0.0, 1)
+    assert m.Tell(nve=NEW, order=m.Close(move="m1", keep=True)) in effects
+
+
 def test_dead_may_be_known_before_the_new_nve_has_given_back() -> None:
     record, _ = step(mirroring(), m.Lost(nve=OLD), 0.0, 1)
     record, effects = step(record, m.Lost(nve=OLD, dead=True), 0.0, 1)
