@@ -257,7 +257,9 @@ class Lab:
         name = {"old": old, "new": new, "peer": peer, "nva": "nva"}[fault.who]
         said_before = len(self._log(name))
         with self._prepared(fault, name), self.listening() as ears, self._watching() as watch:
-            move = self.begin(new, phase)
+            # Else the copy may be over before the fault is there.
+            slowly = ("--bandwidth", "16MiB") if phase == "precopy" else ()
+            move = self.begin(new, phase, *slowly)
             self.do(fault.kind, name, fault.seconds, move)
             silence = watch.hidden_silence(name, fault.seconds) if fault.kind == "link" else []
             receipt = self.ended(move)
