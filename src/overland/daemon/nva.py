@@ -527,8 +527,6 @@ class Domain:
             raise Blocked([refused])
         if action == "resume" and vm.state == "suspended":
             action = "wake"
-        if action == "start":
-            await self._forget_checkpoint(name)
         if action in _STATE_MEANWHILE:
             await self.authority.vm_state(name, _STATE_MEANWHILE[action])
         try:
@@ -538,6 +536,8 @@ class Domain:
         except Blocked:
             await self.authority.vm_state(name, vm.state, vm.reason)
             raise
+        if action == "start":
+            await self._forget_checkpoint(name)  # it has begun anew
         await self.authority.vm_state(name, _STATE_AFTER[action])
         return self.authority.vm(name)
 

@@ -276,10 +276,10 @@ class Nve:
         except PortFailure as error:
             answer = w.VmAnswer(id=order.id, failure=str(error))
         self._link.send(answer)
-        if order.vm.name in self._states:
+        state = self._states.get(order.vm.name)
+        if state in ("running", "paused", "suspended"):
             # The NVA that asked may not be there any more to hear the answer.
-            state = self._states[order.vm.name]
-            self._link.send(w.VmReport(vm=order.vm.name, state=state, reason=None))
+            self._link.send(w.VmReport(vm=order.vm.name, state=state))
 
     async def _carried_out(self, order: w.VmOrder) -> w.VmAnswer:
         name = order.vm.name
