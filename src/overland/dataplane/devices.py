@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import socket
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyroute2 import AsyncIPRoute
+
+from overland.model.nve import Link
 from overland.ports import KernelFailure
 
 _SIOCGIFMTU = 0x8921
@@ -70,3 +74,22 @@ def answer_only(name: str) -> None:
     if folder.exists():
         (folder / "addr_gen_mode").write_text("1")
         (folder / "accept_ra").write_text("0")
+
+
+def exists(name: str) -> bool:
+    """Tell whether there is such a device."""
+    with contextlib.suppress(KernelFailure):
+        return interface_index(name) > 0
+    return False
+
+
+async def delete(ip: AsyncIPRoute, name: str) -> None:
+    """Take a device away; content with absence."""
+    with contextlib.suppress(KernelFailure):
+        await ip.link("del", index=interface_index(name))
+
+
+async def pair_into(ip: AsyncIPRoute, link: Link, namespace: str, inner: str, mac: str) -> None:
+    """Make `link` as a veth pair whose other end is `inner`, with address `mac`, in `namespace`."""
+    peer = {"ifname": inner, "address": mac, "mtu": link.mtu, "net_ns_fd": namespace}
+    await ip.link("add", ifname=link.name, kind="veth", mtu=link.mtu, peer=peer)

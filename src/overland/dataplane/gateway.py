@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
-from pathlib import Path
 from typing import Any
 
 from pyroute2 import AsyncIPRoute
 
-from overland.dataplane.devices import interface_index, mtu_of
+from overland.dataplane.devices import delete, mtu_of, pair_into
 from overland.dataplane.endpoint import INNER
-from overland.dataplane.namespace import NETNS, batch, inside, path_of, run
+from overland.dataplane.namespace import NETNS, batch, run, set_knobs, sweep
 from overland.model.names import GATEWAY_MAC, gateway_name, gateway_namespace
 from overland.model.nve import Link
 from overland.ports import KernelFailure
@@ -82,19 +81,9 @@ class Gateways:
         if not (NETNS / namespace).exists():
             await _make_namespace(namespace)
         inner = LEG if link.kind == "leg" else INNER
-        await self._delete(link.name)
-        await self._ip.link(
-            "add",
-            ifname=link.name,
-            kind="veth",
-            mtu=link.mtu,
-            peer={
-                "ifname": inner,
-                "address": link.peer_mac,
-                "mtu": link.mtu,
-                "net_ns_fd": namespace,
-            },
-        )
+        await delete(self._ip, link.name)
+        assert link.peer_mac is not None
+        await pair_into(self._ip, link, namespace, inner, link.peer_mac)
         lines = _leg_lines(link, outside_mtu) if link.kind == "leg" else _port_lines(link)
         for why in (await batch(namespace, lines)).values():
             raise KernelFailure(f"gateway {namespace}: {why}")
@@ -107,50 +96,26 @@ class Gateways:
 
     async def remove(self, port: str) -> None:
         """Take the gateway behind bridge port `port` away; content with absence."""
-        await self._delete(port)
+        await delete(self._ip, port)
         with contextlib.suppress(KernelFailure):
             await run("netns", "del", gateway_namespace(self._prefix, port))
 
     async def sweep(self) -> None:
         """Remove the namespaces of ours that have lost their port: the rest of a crash."""
         begin = gateway_namespace(self._prefix, gateway_name(0)).removesuffix("0")
-        for path in NETNS.glob(f"{begin}*"):
-            number = path.name.removeprefix(begin)
-            if number.isdecimal() and not _there(gateway_name(int(number))):
-                try:
-                    await run("netns", "del", path.name)
-                except KernelFailure as failure:
-                    log.warning("%s", failure)
-
-    async def _delete(self, name: str) -> None:
-        with contextlib.suppress(KernelFailure):
-            await self._ip.link("del", index=interface_index(name))
-
-
-def _there(device: str) -> bool:
-    with contextlib.suppress(KernelFailure):
-        return interface_index(device) > 0
-    return False
+        await sweep(begin, gateway_name)
 
 
 async def _make_namespace(namespace: str) -> None:
     """A namespace with its manners, before there is a device that could be without them."""
     await run("netns", "add", namespace)
     try:
-        _set_knobs(namespace)
+        set_knobs(namespace, _KNOBS)
         for rule in _RULES:
             await run("-n", namespace, *rule)
     except (OSError, KernelFailure):
         await run("netns", "del", namespace)
         raise
-
-
-def _set_knobs(namespace: str) -> None:
-    with inside(path_of(namespace)):
-        for knob, value in _KNOBS.items():
-            path = Path("/proc/sys/net", knob)
-            if path.exists():  # those of IPv6 are not where the kernel has none
-                path.write_text(str(value))
 
 
 def _addresses(link: Link) -> list[str]:

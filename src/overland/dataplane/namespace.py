@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from overland.dataplane.devices import exists
 from overland.ports import KernelFailure
 
 _CLONE_NEWNET = 0x40000000
 _FAILED = re.compile(r"Command failed -:(\d+)")
 _libc = ctypes.CDLL(None, use_errno=True)
+
+log = logging.getLogger(__name__)
 
 
 NETNS = Path("/run/netns")
@@ -43,6 +47,26 @@ async def run(*arguments: str) -> None:
     code, _, said = await _ip(*arguments)
     if code:
         raise KernelFailure(f"ip {' '.join(arguments)}: {_first(said)}")
+
+
+def set_knobs(namespace: str, knobs: Mapping[str, int]) -> None:
+    """Write values below /proc/sys/net of `namespace`; what the kernel has not is left out."""
+    with inside(path_of(namespace)):
+        for knob, value in knobs.items():
+            path = Path("/proc/sys/net", knob)
+            if path.exists():  # those of IPv6 are not where the kernel has none
+                path.write_text(str(value))
+
+
+async def sweep(begin: str, device_of: Callable[[int], str]) -> None:
+    """Remove namespaces named `begin` and a number that have lost their device: a crash's rest."""
+    for path in NETNS.glob(f"{begin}*"):
+        number = path.name.removeprefix(begin)
+        if number.isdecimal() and not exists(device_of(int(number))):
+            try:
+                await run("netns", "del", path.name)
+            except KernelFailure as failure:
+                log.warning("%s", failure)
 
 
 async def batch(namespace: str, lines: Sequence[str]) -> dict[int, str]:

@@ -12,13 +12,12 @@ import contextlib
 import ipaddress
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 from pyroute2 import AsyncIPRoute
 
-from overland.dataplane.devices import interface_index
-from overland.dataplane.namespace import NETNS, batch, inside, path_of, run, shown
+from overland.dataplane.devices import delete, exists, pair_into
+from overland.dataplane.namespace import NETNS, batch, run, set_knobs, shown, sweep
 from overland.model.names import GATEWAY_MAC, router_name, router_namespace
 from overland.model.nve import DefaultRoute, HostRoute, Link, Op, OpFailure, RouterNeighbour
 from overland.ports import KernelFailure
@@ -81,31 +80,16 @@ class Routers:
     async def make(self, link: Link) -> None:
         """Make the namespace, the pair and what is inside; the port is not in the bridge yet."""
         namespace = router_namespace(self._prefix, link.name)
-        if _there(link.name) and (NETNS / namespace).exists():
+        if exists(link.name) and (NETNS / namespace).exists():
             return
         await self.remove(link.name)  # one without the other is the rest of a crash
         await run("netns", "add", namespace)
-        await self._ip.link(
-            "add",
-            ifname=link.name,
-            kind="veth",
-            mtu=link.mtu,
-            peer={
-                "ifname": INNER,
-                "address": GATEWAY_MAC,
-                "mtu": link.mtu,
-                "net_ns_fd": namespace,
-            },
-        )
+        await pair_into(self._ip, link, namespace, INNER, GATEWAY_MAC)
 
     async def set_up(self, link: Link) -> None:
         """Give the router behind `link` its addresses and manners; may be repeated."""
         namespace = router_namespace(self._prefix, link.name)
-        with inside(path_of(namespace)):
-            for knob, value in _KNOBS.items():
-                path = Path("/proc/sys/net", knob)
-                if path.exists():  # those of IPv6 are not where the kernel has none
-                    path.write_text(str(value))
+        set_knobs(namespace, _KNOBS)
         lines = ["link set lo up", f"link set {INNER} mtu {link.mtu} up"]
         for gateway in link.gateways:
             subnet = ipaddress.ip_interface(gateway)
@@ -117,21 +101,14 @@ class Routers:
 
     async def remove(self, name: str) -> None:
         """Take the router behind port `name` away; content with absence."""
-        with contextlib.suppress(KernelFailure):
-            await self._ip.link("del", index=interface_index(name))
+        await delete(self._ip, name)
         with contextlib.suppress(KernelFailure):
             await run("netns", "del", router_namespace(self._prefix, name))
 
     async def sweep(self) -> None:
         """Remove the namespaces of ours that have lost their port: the rest of a crash."""
         begin = router_namespace(self._prefix, router_name(0)).removesuffix("0")
-        for path in NETNS.glob(f"{begin}*"):
-            number = path.name.removeprefix(begin)
-            if number.isdecimal() and not _there(router_name(int(number))):
-                try:
-                    await run("netns", "del", path.name)
-                except KernelFailure as failure:
-                    log.warning("%s", failure)
+        await sweep(begin, router_name)
 
     # ------------------------------------------------------------ entries
 
@@ -170,12 +147,6 @@ class Routers:
                 if not (mine[at].verb == "remove" and any(each in why for each in _ABSENT))
             ]
         return failures
-
-
-def _there(device: str) -> bool:
-    with contextlib.suppress(KernelFailure):
-        return interface_index(device) > 0
-    return False
 
 
 def _route(router: str, route: _Route) -> HostRoute | DefaultRoute:
