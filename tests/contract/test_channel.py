@@ -103,6 +103,17 @@ async def test_released_it_all_arrives_and_the_stream_ends(stream: Stream) -> No
     assert not stream.refused
 
 
+async def test_a_leash_that_comes_after_the_release_catches_nobody(stream: Stream) -> None:
+    """The network is blocked just then: what waits goes on when it takes more."""
+    stream.other.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    stream.other.settimeout(5)
+    await stream.at_rest()
+    stream.channel.release()
+    assert await stream.at_rest() < len(WHOLE)
+    stream.channel.leash(0)
+    assert await stream.read_all() == WHOLE
+
+
 async def test_the_writer_is_told_when_we_let_go(stream: Stream) -> None:
     await stream.at_rest()
     stream.channel.close()

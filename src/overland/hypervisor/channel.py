@@ -84,8 +84,12 @@ class Channel:
             self._marked = self._passed + self._written()
 
     def leash(self, more_bytes: int) -> None:
-        """QEMU can write at most so much more than it had at the mark, until the next leash."""
-        self._limit = max(self._passed, self._marked + more_bytes - ROOM_BYTES)
+        """QEMU can write at most so much more than it had at the mark, until the next leash.
+
+        Once released it is not caught again.
+        """
+        if self._limit != _UNLEASHED:
+            self._limit = max(self._passed, self._marked + more_bytes - ROOM_BYTES)
 
     def pace(self, bytes_per_s: int) -> None:
         """Let at most so much through a second, not 0."""

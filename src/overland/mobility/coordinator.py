@@ -509,9 +509,8 @@ def _abort(record: Handover, why: str, now_s: float, now_ns: int) -> Step:
         waiting=frozenset({record.new_nve}),
     )
     if record.new_nve in record.fenced:
-        return _restore(
-            record, now_s, now_ns
-        )  # it never had leave to run: there is nothing to wait for
+        # It never had leave to run: there is nothing to wait for.
+        return _restore(record, now_s, now_ns)
     return record, (tell(record.new_nve, GiveBack(move=record.id)),)
 
 
