@@ -13,15 +13,24 @@ from overland.mobility import messages as m
 from overland.mobility.nve import Part
 from overland.nve.handovers import Handovers
 from overland.nve.journal import Kept, PartJournal
+from overland.nve.moving import Moving
 from overland.ports import GateCounters
 from tests.core.moves import NEW, PORT, VM
 from tests.lab.disk import SmallDisk, unmount_below
 
 
 class Full(PartJournal):
-    """A journal on a disk without a byte left."""
+    """A journal on a disk with room for so many parts, and not a byte more."""
+
+    def __init__(self, folder: Path, room: int = 0) -> None:
+        super().__init__(folder)
+        self._room = room
 
     def keep(self, kept: Kept) -> None:
+        if self._room > 0:
+            self._room -= 1
+            super().keep(kept)
+            return
         raise OSError(28, "No space left on device")
 
 
@@ -52,11 +61,21 @@ class Anything:
         return (lambda _: None) if name == "moving" else done
 
 
-def handovers(journal: PartJournal, copy: Copy, said: list[m.AnyReport]) -> Handovers:
-    anything = cast("Any", Anything())
-    return Handovers(
-        NEW, cast("Any", copy), anything, anything, said.append, 10, journal, lambda _: ""
-    )
+class Ground(Anything):
+    """Writes down what is said to be moving."""
+
+    def __init__(self, moving: list[frozenset[Moving]]) -> None:
+        self._moving = moving
+
+    def moving(self, entries: frozenset[Moving]) -> None:
+        self._moving.append(entries)
+
+
+def handovers(
+    journal: PartJournal, copy: Copy, said: list[m.AnyReport], on: Anything | None = None
+) -> Handovers:
+    path, ground = cast("Any", Anything()), cast("Any", on or Anything())
+    return Handovers(NEW, cast("Any", copy), path, ground, said.append, 10, journal, lambda _: "")
 
 
 @pytest.mark.req("R-14")
@@ -66,6 +85,20 @@ async def test_a_part_that_cannot_be_written_is_not_begun(tmp_path: Path) -> Non
     nve.order(m.PrepareNew(move="m1", vm=VM, version=1, ports=(PORT,)))
     assert said == [m.Failed(move="m1", nve=NEW, step="journal", why="No space left on device")]
     assert nve.open_moves() == ()
+
+
+@pytest.mark.req("R-14")
+async def test_a_former_moves_entries_move_no_more_although_the_next_part_cannot_be_written(
+    tmp_path: Path,
+) -> None:
+    said: list[m.AnyReport] = []
+    moving: list[frozenset[Moving]] = []
+    nve = handovers(Full(tmp_path, room=1), Copy("running"), said, Ground(moving))
+    nve.order(m.PreparePeer(move="m1", version=1, ports=(PORT,)))
+    assert [each.port for each in moving[-1]] == [PORT.port]
+    nve.order(m.PreparePeer(move="m2", version=2, ports=(PORT,)))
+    assert m.Failed(move="m2", nve=NEW, step="journal", why="No space left on device") in said
+    assert moving[-1] == frozenset()
 
 
 @pytest.mark.req("R-14")

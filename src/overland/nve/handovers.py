@@ -204,6 +204,7 @@ class Handovers:
         why = self._keep(running)
         if why is not None:
             # A daemon that is killed must find its part, or nobody can activate the copy (HO-36).
+            self._publish()  # a former move's entries are no longer moving
             self._say(m.Failed(move=order.move, nve=self._nve, step="journal", why=why))
             return
         self._running[order.move] = running
