@@ -249,6 +249,18 @@ def recoverable(record: Handover) -> bool:
     return aborted and record.lost and record.checkpoints.count > 0
 
 
+def keeper(record: Handover) -> str | None:
+    """The host that keeps a state from which the VM of an ended move can be recovered, if need be.
+
+    After a warm move whose old host was lost: the new one, with the newest checkpoint. After a cold
+    one whose VM did not wake, or perhaps woke and is gone: the old one, with what it saved.
+    """
+    if record.mode != "cold":
+        return record.new_nve if recoverable(record) else None
+    slept = record.outcome == "moved" and record.memory.total_bytes > 0 and not record.resume_ns
+    return record.old_nve if slept else None
+
+
 def _steer_again(record: Handover, nve: str) -> tuple[Tell, ...]:
     steered = names(record.steered)
     first = nve == record.new_nve and nve not in steered
