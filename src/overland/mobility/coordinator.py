@@ -615,6 +615,9 @@ def _give_up_waiting(record: Handover, nves: frozenset[str], now_s: float, now_n
         outcome = "unknown" if unknown else record.outcome
         return _restore(msgspec.structs.replace(record, outcome=outcome), now_s, now_ns)
     unheard = _keeps_its_end(record)
+    if record.closing:
+        silent = record.waiting & (nves - unheard)
+        record = msgspec.structs.replace(record, unclosed=record.unclosed | silent)
     record = msgspec.structs.replace(record, waiting=record.waiting - (nves - unheard))
     if unheard and not _keeps_its_end(record):
         record = msgspec.structs.replace(record, deadline_s=now_s + CLOSE_LIMIT_S)

@@ -274,14 +274,18 @@ def turn_back(record: Handover) -> m.Return:
     return m.Return(move=record.id, vm=record.vm, ports=record.ports)
 
 
-def farewells(record: Handover, vm: Vm | None) -> tuple[tuple[str, m.ColdOrder], ...]:
-    """What is said once a cold move has ended, to NVEs that may have been away meanwhile (HO-57).
+def farewells(record: Handover, vm: Vm | None) -> tuple[tuple[str, m.AnyOrder | m.ColdOrder], ...]:
+    """What is said once a move has ended, to NVEs that may have missed the end (HO-57, HO-59).
 
-    To the new one unless it has said that the VM is as it must be, and to an old one that was given
-    up. Those who are still away are told when they come back.
+    Of a hot move to those who have not said that they closed; of a cold one to the new NVE unless
+    it has said that the VM is as it must be, and to an old one that was given up. Those who are
+    away are told when they come back.
     """
-    if record.mode != "cold" or record.phase not in ENDED:
+    if record.phase not in ENDED:
         return ()
+    if record.mode != "cold":
+        silent = sorted(record.unclosed)
+        return tuple((nve, each) for nve in silent for each in last_orders(record, nve, vm))
     old = ((record.old_nve, turn_back(record)),) if record.lost else ()
     if record.resume_ns:
         return old
