@@ -1,4 +1,5 @@
-"""A cold move of a suspended VM beside a bare copy of its saved state between the same hosts."""
+"""A cold move of a suspended VM beside a bare copy of its saved state between the same hosts, and a
+hot move with a disk of 1 GiB that is written to beside one of the same VM without a disk."""
 
 from __future__ import annotations
 
@@ -82,18 +83,53 @@ def measure(moves: int) -> dict[str, Any]:
     return {"copies_ms": copies, "cold_ms": colds, "bytes": sizes}
 
 
+DISK_MIB, WRITTEN_MIB, WRITES_PER_S = 1024, 256, 200
+
+
+def stops_ms(moves: int, *, disk: bool) -> list[float]:
+    """How long hot moves stop a VM; with `disk` one that goes along and is written to meanwhile."""
+    lab = Lab(LAB)
+    lab.up()
+    found = []
+    try:
+        words = ("--disk", f"data.raw,size={DISK_MIB}MiB,kind=moved") if disk else ()
+        ok("vm", "create", "db", "--host", "h1", "--network", "blue", *words)
+        write = (
+            f"dd if=/dev/urandom of=/dev/vda bs=1M count={WRITTEN_MIB} seek=64 conv=fsync 2>&1; "
+            f"(journal /dev/vda {WRITES_PER_S} /tmp/told </dev/null >/tmp/said 2>&1 &)"
+        )
+        ok("lab", "guest", "db", "--name", LAB, "--", write if disk else "true")
+        for number in range(moves):
+            to = ("h2", "h1")[number % 2]
+            receipt = ok("vm", "migrate", "db", "--to", to, "-o", "json")
+            assert receipt["outcome"] == "moved", receipt["reason"]
+            found.append(receipt["vm_stop_ms"])
+    finally:
+        lab.down()
+    return found
+
+
+def storage(moves: int) -> dict[str, Any]:
+    return {"stop_ms": stops_ms(moves, disk=False), "disk_stop_ms": stops_ms(moves, disk=True)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--moves", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("out/bench-modes.json"))
     options = parser.parse_args()
     os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="modes-")  # a context of our own
-    found = measure(options.moves)
+    found = measure(options.moves) | storage(options.moves)
     cold, copy = statistics.median(found["cold_ms"]), statistics.median(found["copies_ms"])
     print(
         f"{options.moves} cold moves of a suspended VM of 128 MiB, "
         f"{statistics.median(found['bytes']) / 2**20:.0f} MiB of state: {cold:.0f} ms (median), "
         f"a bare copy {copy:.0f} ms, ratio {cold / copy:.2f}"
+    )
+    bare, disk = statistics.median(found["stop_ms"]), statistics.median(found["disk_stop_ms"])
+    print(
+        f"{options.moves} hot moves with a disk of {DISK_MIB} MiB under {WRITES_PER_S} writes/s: "
+        f"VM stop {disk:.0f} ms (median), without a disk {bare:.0f} ms, ratio {disk / bare:.2f}"
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1))

@@ -12,8 +12,8 @@ from overland.mobility import messages as m
 from overland.mobility import new_nve, old_nve, peer_nve
 from overland.mobility.coordinator import step
 from overland.mobility.nve import Part, PartStep
-from overland.model.handover import ENDED, Handover, Transfer
-from tests.core.moves import NEW, OLD, PEER, PORT, VM, planned
+from overland.model.handover import ENDED, Handover, Storage, Transfer
+from tests.core.moves import NEW, OLD, PEER, PORT, planned
 
 MACHINES = {"old": old_nve, "new": new_nve, "peer": peer_nve}
 ROLES = {OLD: "old", NEW: "new", PEER: "peer"}
@@ -82,7 +82,7 @@ class Conversation:
     def _nve(self, nve: str, event: m.NveEvent) -> None:
         if isinstance(event, m.PrepareNew | m.PrepareOld | m.PreparePeer):
             role = ROLES[nve]
-            vm = None if role == "peer" else VM
+            vm = None if isinstance(event, m.PreparePeer) else event.vm
             part = Part(move="m1", nve=nve, role=role, vm=vm, ports=(PORT,))  # type: ignore[arg-type]
             self._take(nve, MACHINES[role].begin(part))
         elif nve in self.parts:
@@ -124,6 +124,9 @@ class Conversation:
         if isinstance(effect, m.WatchTransfer):
             seen = Transfer(status="active", passes=2, bandwidth_bytes_per_s=1e9)
             self._nve(nve, m.TransferSeen(transfer=seen))
+            return
+        if isinstance(effect, m.WatchMirror):
+            self._nve(nve, m.MirrorSeen(storage=Storage(total_bytes=9, sent_bytes=9, ready=True)))
             return
         if isinstance(effect, m.AwaitCopy) and OLD in self.running:
             if self.parts[nve].stage == "awaiting":

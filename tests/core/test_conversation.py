@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.core.conversation import Conversation
-from tests.core.moves import NEW, OLD, PEER
+from tests.core.moves import NEW, OLD, PEER, WITH_DISK, planned
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -49,6 +49,48 @@ def test_a_hot_move_reads_as_the_specification_says() -> None:
     golden("hot_move", talk.play())
     assert talk.record.outcome == "moved"
     assert talk.running == {NEW}
+
+
+@pytest.mark.req("R-56")
+def test_a_disk_that_goes_along_is_equal_before_the_copy_is_whole() -> None:
+    talk = Conversation(record=planned(WITH_DISK))
+    transcript = talk.play()
+    golden("hot_move_with_disk", transcript)
+    assert talk.record.outcome == "moved"
+    order = [
+        f"{OLD}: AwaitStop",
+        f"{OLD}: EndMirror",
+        f"{OLD}: SendRest",
+        f"{NEW}: WithdrawDisks",
+        f"{NEW} -> nva: Received",
+        "nva: compare-and-set",
+        f"{NEW}: KeepDisks",
+        f"{NEW}: ResumeVm",
+        f"{OLD}: RemoveDisks",
+    ]
+    assert [line for line in transcript if line in order] == order
+
+
+WITH_DISK_BEFORE_COMMIT = [
+    (NEW, "OfferDisks"),
+    (NEW, "WithdrawDisks"),
+    (OLD, "BeginMirror"),
+    (OLD, "EndMirror"),
+    (OLD, "SendRest"),
+]
+
+
+@pytest.mark.req("R-53")
+@pytest.mark.parametrize(("nve", "effect"), WITH_DISK_BEFORE_COMMIT)
+def test_a_disk_that_cannot_go_along_stays_with_its_vm(nve: str, effect: str) -> None:
+    talk = Conversation(record=planned(WITH_DISK), fail={(nve, effect)})
+    transcript = talk.play()
+    assert talk.record.outcome == "aborted"
+    assert f"{nve}: {effect}: injected" in (talk.record.reason or "")
+    assert talk.running == {OLD}
+    assert f"{OLD}: RemoveDisks" not in transcript
+    assert f"{NEW}: KeepDisks" not in transcript
+    assert all(part.stage == "closed" for part in talk.parts.values())
 
 
 def test_an_abort_after_the_stop_brings_the_vm_and_its_frames_home() -> None:

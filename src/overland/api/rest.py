@@ -13,8 +13,8 @@ import msgspec
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from overland.model.cluster import Boot, Endpoint, Interface, Network, Record, Refused, Vm
-from overland.model.handover import Handover, Options
+from overland.model.cluster import Boot, Disk, Endpoint, Interface, Network, Record, Refused, Vm
+from overland.model.handover import DiskChoice, Handover, Options
 from overland.model.receipt import receipt
 from overland.nva.authority import Authority, Blocked
 from overland.ports import StoreFailure
@@ -40,9 +40,13 @@ class Service(Protocol):
 
     async def delete_vm(self, name: str) -> None: ...
 
-    async def cold_blockers(self, name: str, to: str) -> tuple[Refused, ...]: ...
+    async def cold_blockers(
+        self, name: str, to: str, choice: DiskChoice = "declared"
+    ) -> tuple[Refused, ...]: ...
 
-    async def move_at_rest(self, name: str, to: str) -> str: ...
+    async def hot_blockers(self, name: str, to: str, options: Options) -> tuple[Refused, ...]: ...
+
+    async def move_at_rest(self, name: str, to: str, choice: DiskChoice = "declared") -> str: ...
 
     async def migrate(self, name: str, to: str, options: Options) -> str: ...
 
@@ -64,6 +68,7 @@ class VmWish(Record, frozen=True, kw_only=True):
     memory_mib: int = 128
     vcpus: int = 1
     boot: Boot = Boot()
+    disks: tuple[Disk, ...] = ()
     dry_run: bool = False
 
 
@@ -208,6 +213,7 @@ def _machines(app: FastAPI, service: Service) -> None:
             memory_mib=wish.memory_mib,
             vcpus=wish.vcpus,
             boot=wish.boot,
+            disks=wish.disks,
         )
         if wish.dry_run:
             return _json(authority.completed(made))
@@ -235,15 +241,15 @@ async def _migrate(service: Service, name: str, wish: MigrateWish) -> JSONRespon
     cold = wish.mode == "cold"
     if not wish.dry_run:
         move = (
-            service.move_at_rest(name, wish.to)
+            service.move_at_rest(name, wish.to, wish.options.storage)
             if cold
             else service.migrate(name, wish.to, wish.options)
         )
         return _json({"id": await move}, 202)
     if cold:
-        blockers = await service.cold_blockers(name, wish.to)
+        blockers = await service.cold_blockers(name, wish.to, wish.options.storage)
     else:
-        blockers = service.authority.move_blockers(name, wish.to)
+        blockers = await service.hot_blockers(name, wish.to, wish.options)
     return _json({"vm": name, "to": wish.to, "blockers": blockers})
 
 

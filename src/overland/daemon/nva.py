@@ -30,11 +30,11 @@ from overland.mobility.messages import (
     Progress,
     Retire,
 )
-from overland.model.cluster import Mapping, Refused, Vm
-from overland.model.handover import ENDED, Handover, Options
+from overland.model.cluster import Disk, DiskState, Mapping, Refused, Vm, moved_disks
+from overland.model.handover import ENDED, DiskChoice, Handover, Options
 from overland.model.receipt import receipt
 from overland.model.ticket import ticket_of
-from overland.nva import rules
+from overland.nva import rules, storage
 from overland.nva.authority import Authority, Blocked
 from overland.nva.handovers import Handovers, last_orders
 from overland.nva.liveness import Liveness
@@ -215,7 +215,7 @@ class Domain:
     async def _asks(
         self,
         host: str,
-        question: w.HostQuestion | w.FilesQuestion | w.VmOrder,
+        question: w.HostQuestion | w.FilesQuestion | w.DisksQuestion | w.VmOrder,
         limit_s: float = ANSWER_LIMIT_S,
     ) -> Any:
         """The answer of NVE `host`; None when there is none in time."""
@@ -253,6 +253,8 @@ class Domain:
                     self._later(self.authority.vm_state(name, state, reason))
             case w.HostAnswer(id=number, answers=result) | w.FilesAnswer(id=number, missing=result):
                 self._answered(number, result)
+            case w.DisksAnswer(id=number, states=states):
+                self._answered(number, states)
             case w.Resync() | w.Query():
                 self._asked(host, message)
             case w.Unsupported(why=why):
@@ -362,13 +364,19 @@ class Domain:
     # ------------------------------------------------------------ VMs
 
     async def _order(
-        self, action: str, vm: Vm, host: str = "", uri: str = "", limit_s: float = VM_ORDER_LIMIT_S
+        self,
+        action: str,
+        vm: Vm,
+        host: str = "",
+        uri: str = "",
+        limit_s: float = VM_ORDER_LIMIT_S,
+        disk: Disk | None = None,
     ) -> w.VmAnswer:
         """Have the VM's host, or `host`, do it; Blocked when it is away, fails or is silent."""
         host = host or vm.host
         if host not in self._wire.hosts():
             raise Blocked([_refused("host_not_ready", f"host {host}", "its NVE is away")])
-        wish = {"id": next(self._numbers), "action": action, "vm": vm, "uri": uri}
+        wish = {"id": next(self._numbers), "action": action, "vm": vm, "uri": uri, "disk": disk}
         answer: w.VmAnswer | None = await self._asks(
             host, msgspec.convert(wish, w.VmOrder), limit_s
         )
@@ -381,6 +389,7 @@ class Domain:
 
     async def create_vm(self, wish: Vm) -> Vm:
         """Record it, start it; nothing stays when it cannot start."""
+        await self._stop_if_no_disks(self.authority.completed(wish))
         vm = await self.authority.create_vm(wish)
         try:
             await self._order("start", vm)
@@ -409,6 +418,22 @@ class Domain:
         await self.authority.vm_state(name, _STATE_AFTER[action])
         return self.authority.vm(name)
 
+    async def _stop_if_no_disks(self, vm: Vm) -> None:
+        if vm.disks:
+            blockers = tuple(storage.start_blockers(vm, await self._disks(vm.host, vm.disks)))
+            if blockers:
+                raise Blocked(blockers)
+
+    async def _disks(self, host: str, disks: tuple[Disk, ...]) -> tuple[DiskState, ...]:
+        """What `host` has of `disks`; Blocked when its NVE does not say."""
+        states = None
+        if host in self._wire.hosts():
+            states = await self._asks(host, w.DisksQuestion(id=next(self._numbers), disks=disks))
+        if states is None:
+            raise Blocked([_refused("host_not_ready", f"host {host}", "its NVE does not answer")])
+        answered: tuple[DiskState, ...] = states
+        return answered
+
     def _stop_if_moving(self, vm: Vm) -> None:
         if vm.move is not None or vm.name in self._carried:
             raise Blocked([_refused("move_in_progress", f"vm {vm.name}", "it is moving")])
@@ -423,36 +448,54 @@ class Domain:
 
     # ------------------------------------------------------------ moves
 
-    async def cold_blockers(self, name: str, to: str) -> tuple[Refused, ...]:
+    async def cold_blockers(
+        self, name: str, to: str, choice: DiskChoice = "declared"
+    ) -> tuple[Refused, ...]:
         """What stands against moving a VM at rest; its files are looked for on the new host."""
         found = self.authority.move_blockers(name, to, cold=True)
         vm = self.authority.cluster.vms.get(name)
         if found or vm is None:
             return found
-        paths = tuple(filter(None, (vm.boot.image, vm.boot.kernel, vm.boot.initrd)))
+        paths = tuple(filter(None, (vm.boot.kernel, vm.boot.initrd)))
         missing = await self._asks(to, w.FilesQuestion(id=next(self._numbers), paths=paths))
         if missing is None:
             return (_refused("host_not_ready", f"host {to}", "its NVE does not answer"),)
-        return tuple(
-            _refused("file_missing", f"host {to}", f"{path} cannot be read there")
-            for path in missing
+        _, against = await self._with_disks(vm, to, choice)
+        return (
+            *(
+                _refused("file_missing", f"host {to}", f"{path} cannot be read there")
+                for path in missing
+            ),
+            *against,
         )
 
-    async def move_at_rest(self, name: str, to: str) -> str:
+    async def move_at_rest(self, name: str, to: str, choice: DiskChoice = "declared") -> str:
         """Move a VM that is shut down, crashed or suspended; the id of the move, which has ended.
 
-        A saved state is whole on the new host's disk before the record changes, and is dropped on
-        the old one after. What a failure between leaves is a file that no record points to.
+        A saved state and the disks that go along are whole on the new host's disk before the record
+        changes, and are dropped on the old one after. A state that a failure between leaves is a
+        file that no record points to; an image is dropped then, or before the next try.
         """
         vm = self.authority.vm(name)
         self._stop_if_moving(vm)
         self._carried.add(name)  # else it could be woken, and sleep again with a newer state
         try:
-            blockers = await self.cold_blockers(name, to)
+            if vm.disks and vm.host != to:
+                with contextlib.suppress(Blocked):
+                    await self._order("drop", vm, to)  # left by a try that this NVA did not outlive
+            blockers = await self.cold_blockers(name, to, choice)
             if blockers:
                 raise Blocked(blockers)
+            disks, _ = await self._with_disks(vm, to, choice)
+            moving = msgspec.structs.replace(vm, disks=disks)
             given = await self._carry_state(vm, to) if vm.state == "suspended" else 0
-            record = await self.authority.move_at_rest(uuid.uuid4().hex[:12], name, to, given)
+            copied = await self._carry_disks(moving, to)
+            record = await self.authority.move_at_rest(
+                uuid.uuid4().hex[:12], name, to, given, copied
+            )
+            if copied:
+                with contextlib.suppress(Blocked):
+                    await self._order("remove", moving)
             if given:
                 with contextlib.suppress(Blocked):
                     await self._order("stop", vm)  # its state is of no use there any more
@@ -460,13 +503,52 @@ class Domain:
             self._carried.discard(name)
         return record.id
 
+    async def _carry_disks(self, vm: Vm, to: str) -> int:
+        """Bytes of the images that are now on host `to` as well; none when one of them failed."""
+        copied = 0
+        try:
+            for disk in moved_disks(vm):
+                uri = (await self._order("take", vm, to, disk=disk)).text
+                answer = await self._order("give", vm, uri=uri, limit_s=STATE_LIMIT_S, disk=disk)
+                copied += answer.given_bytes
+        except Blocked:
+            with contextlib.suppress(Blocked):
+                await self._order("drop", vm, to)
+            raise
+        return copied
+
     async def _carry_state(self, vm: Vm, to: str) -> int:
         """Bytes of the saved state that is now on host `to` as well."""
         uri = (await self._order("take", vm, to)).text
         return (await self._order("give", vm, uri=uri, limit_s=STATE_LIMIT_S)).given_bytes
 
+    async def hot_blockers(self, name: str, to: str, options: Options) -> tuple[Refused, ...]:
+        """What stands against moving a running VM; its disks are looked at on both hosts."""
+        found = self.authority.move_blockers(name, to)
+        if found:
+            return found
+        return (await self._with_disks(self.authority.vm(name), to, options.storage))[1]
+
+    async def _with_disks(
+        self, vm: Vm, to: str, choice: DiskChoice
+    ) -> tuple[tuple[Disk, ...], tuple[Refused, ...]]:
+        """The disks of `vm` as they move to host `to`, and what stands against it (R-55)."""
+        if not vm.disks:
+            return (), ()
+        here, there = await self._disks(vm.host, vm.disks), await self._disks(to, vm.disks)
+        moving = storage.chosen(vm, choice, here)
+        blockers = storage.move_blockers(self.authority.cluster, moving, to, here, there)
+        return moving.disks, tuple(blockers)
+
     async def migrate(self, name: str, to: str, options: Options) -> str:
-        record = await self.authority.begin_move(uuid.uuid4().hex[:12], name, to, options)
+        blockers: tuple[Refused, ...] = self.authority.move_blockers(name, to)
+        disks: tuple[Disk, ...] = ()
+        if not blockers:
+            disks, blockers = await self._with_disks(self.authority.vm(name), to, options.storage)
+        if blockers:
+            raise Blocked(blockers)
+        move = uuid.uuid4().hex[:12]
+        record = await self.authority.begin_move(move, name, to, options, disks)
         self.handovers.begin(record)
         return record.id
 

@@ -23,9 +23,11 @@ from overland.dataplane.nftables import Nftables
 from overland.dataplane.preflight import blockers, kernel_blockers, underlay_mtu
 from overland.dataplane.reach import answers
 from overland.dataplane.tap import TapTable
+from overland.hypervisor.images import Images
+from overland.hypervisor.mirror import credentials
 from overland.hypervisor.qemu import QemuHypervisor
 from overland.mobility.messages import AnyOrder, AnyReport, PrepareNew, PrepareOld, PreparePeer
-from overland.model.cluster import Host, Vm
+from overland.model.cluster import Host, Vm, moved_disks
 from overland.model.names import port_name
 from overland.model.nve import NveIntent, VnIntent, changed
 from overland.model.ticket import Seal, Ticket
@@ -52,7 +54,11 @@ class Nve:
         nft.ensure()
         injectors = Injectors()
         self._taps = taps
-        self._hypervisor = QemuHypervisor(Path(config.run_dir), taps, config.qemu)
+        run_dir = Path(config.run_dir)
+        self._images = Images(Path(config.disk_dir or run_dir / "disks"), run_dir / "images")
+        pems = (config.tls.ca, config.tls.certificate, config.tls.key)
+        tls_dir = credentials(run_dir / "tls", *map(Path, pems))
+        self._hypervisor = QemuHypervisor(run_dir, taps, self._images, tls_dir, config.qemu)
         self._agent = Agent(
             LinuxKernel(ip, nft, gates, taps, config.hold_frames),
             lambda port: announce(port, injectors.into(port.device, mark=0), taps.fd(port.port)),
@@ -60,11 +66,12 @@ class Nve:
         self._handovers = Handovers(
             config.host,
             self._hypervisor,
+            self._images,
             LinuxHandoverPath(ip, gates, taps, injectors),
             self._agent,
             self._say,
             config.hold_frames,
-            PartJournal(Path(config.run_dir) / "moves"),
+            PartJournal(run_dir / "moves"),
             self._opened,
         )
         self._host = Host(name=config.host)
@@ -153,6 +160,8 @@ class Nve:
             case w.FilesQuestion(id=number, paths=paths):
                 missing = tuple(path for path in paths if not os.access(path, os.R_OK))
                 self._link.send(w.FilesAnswer(id=number, missing=missing))
+            case w.DisksQuestion():
+                self._later(self._disks(message))
             case w.Unsupported(why=why):
                 log.warning("NVA does not understand: %s", why)
             case w.Welcome():
@@ -162,6 +171,10 @@ class Nve:
 
     async def _look(self, number: int, address: str) -> None:
         self._link.send(w.HostAnswer(id=number, answers=await answers(address)))
+
+    async def _disks(self, question: w.DisksQuestion) -> None:
+        states = await self._images.look(question.disks)
+        self._link.send(w.DisksAnswer(id=question.id, states=states))
 
     def _later(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
@@ -244,11 +257,26 @@ class Nve:
         match order.action:
             case "take":
                 address = self._config.underlay_ipv4 or self._config.underlay_ipv6 or ""
-                uri = await self._hypervisor.take_state(name, address)
+                uri = await (
+                    self._images.take(name, order.disk, address)
+                    if order.disk is not None
+                    else self._hypervisor.take_state(name, address)
+                )
                 return w.VmAnswer(id=order.id, text=uri)
             case "give":
-                given = await self._hypervisor.give_state(name, order.uri)
+                given = await (
+                    self._images.give(order.disk, order.uri)
+                    if order.disk is not None
+                    else self._hypervisor.give_state(name, order.uri)
+                )
                 return w.VmAnswer(id=order.id, given_bytes=given)
+            case "remove":
+                self._images.remove(moved_disks(order.vm))
+                self._images.keep(name)
+                return w.VmAnswer(id=order.id)
+            case "drop":
+                self._images.drop(name)
+                return w.VmAnswer(id=order.id)
             case action:
                 await self._vm_do(action, order.vm)
                 return w.VmAnswer(id=order.id)

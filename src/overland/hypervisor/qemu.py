@@ -25,13 +25,15 @@ from typing import Any, Protocol
 import msgspec
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 
+from overland.hypervisor import mirror
 from overland.hypervisor.accel import NOTICE, accelerator
 from overland.hypervisor.channel import Channel
-from overland.hypervisor.command import qemu_command
+from overland.hypervisor.command import disk_node, qemu_command
 from overland.hypervisor.countdown import COUNTDOWN_BYTES, long_firmware
+from overland.hypervisor.images import Images
 from overland.hypervisor.statefile import Taker, give
-from overland.model.cluster import Vm
-from overland.model.handover import Transfer
+from overland.model.cluster import Vm, moved_disks
+from overland.model.handover import Storage, Transfer
 from overland.ports import HypervisorFacts, HypervisorFailure, RunState
 
 OLDEST = (7, 2)
@@ -40,6 +42,7 @@ STOP_LIMIT_S = 5.0
 CANCEL_LIMIT_S = 0.5
 SAVE_LIMIT_S = 600.0
 _DONE = ("completed", "failed")
+_PAUSED = "pre-switchover"
 UNLIMITED_BYTES_PER_S = 1 << 40
 UNLIMITED_DOWNTIME_MS = 2_000_000
 PRECOPY_DOWNTIME_MS = 1
@@ -79,6 +82,7 @@ class _Machine:
         self.changed = asyncio.Condition()
         self.migration = ""
         self.passes = 0
+        self.mirror = mirror.Progress()
         self.ended = False
         self.listener = EventListener(_EVENTS)
         self.task: asyncio.Task[None] | None = None
@@ -93,7 +97,17 @@ class _Machine:
 class QemuHypervisor:
     """The VMs of one host. Everything of a VM lies in `run_dir/NAME`."""
 
-    def __init__(self, run_dir: Path, taps: TapSource, binary: str = "qemu-system-x86_64") -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        taps: TapSource,
+        images: Images,
+        tls: Path,
+        binary: str = "qemu-system-x86_64",
+    ) -> None:
+        """`tls`: a folder with our certificate as QEMU wants it (`mirror.credentials`)."""
+        self._images = images
+        self._tls = tls
         self._run_dir = run_dir
         self._taps = taps
         self._binary = binary
@@ -174,9 +188,17 @@ class QemuHypervisor:
     # ------------------------------------------------------------ life
 
     async def start(self, vm: Vm, ports: Sequence[str]) -> None:
-        await self._spawn(vm, ports, incoming=False)
+        self._images.keep(vm.name)  # what came here while it was at rest
+        try:
+            await self._images.make_missing(vm)
+            await self._spawn(vm, ports, incoming=False)
+        except HypervisorFailure:
+            self._images.drop(vm.name)
+            raise
+        self._images.keep(vm.name)
 
     async def receive(self, vm: Vm, ports: Sequence[str], listen: str) -> str:
+        await self._images.make(vm.name, moved_disks(vm))
         machine = await self._spawn(vm, ports, incoming=True)
         await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
         # Not one frame may leave before the commit, so QEMU announces nothing (HO-13).
@@ -205,6 +227,7 @@ class QemuHypervisor:
             facts.accelerator,
             fds,
             folder,
+            files=[self._images.file_node(disk) for disk in vm.disks],
             firmware=await self._long_firmware(),
             incoming=incoming,
         )
@@ -307,8 +330,14 @@ class QemuHypervisor:
         return machine
 
     async def _do(self, machine: _Machine, command: str, /, **arguments: Any) -> Any:
+        return await self._execute(machine, command, arguments, oob=False)
+
+    async def _execute(
+        self, machine: _Machine, command: str, arguments: dict[str, Any], *, oob: bool
+    ) -> Any:
+        """With `oob` past whatever QEMU is busy with."""
         try:
-            return await machine.client.execute(command, arguments or None)
+            return await machine.client.execute(command, arguments or None, oob=oob)
         except ExecuteError as error:
             raise HypervisorFailure(f"QEMU of {machine.name}: {command}: {error}") from None
         except (QMPError, EOFError, OSError, asyncio.CancelledError) as error:
@@ -379,6 +408,7 @@ class QemuHypervisor:
         saved = self._saved(vm.name)
         if not saved.exists():
             raise HypervisorFailure(f"VM {vm.name} has no saved state here")
+        self._images.keep(vm.name)
         machine = await self._spawn(vm, ports, incoming=True)
         await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
         await self._do(machine, "migrate-incoming", uri=f"exec:cat {shlex.quote(str(saved))}")
@@ -426,7 +456,9 @@ class QemuHypervisor:
         machine.stopped_ns = 0
         machine.migration = ""
         machine.passes = 0
-        await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
+        pausing = bool(await self._do(machine, "query-jobs"))  # of disks that go along
+        capabilities = _capabilities(pausing=pausing)
+        await self._do(machine, "migrate-set-capabilities", capabilities=capabilities)
         single = await self._single_round()
         parameters = {
             "max-bandwidth": UNLIMITED_BYTES_PER_S,  # the channel paces
@@ -504,11 +536,44 @@ class QemuHypervisor:
             with contextlib.suppress(QMPError):
                 await machine.client.execute("yank", channels, oob=True)
         deadline_s = time.monotonic() + STOP_LIMIT_S
-        while (await self.transfer(vm)).status in ("setup", "active"):
+        while (await self.transfer(vm)).status in ("setup", "active", "waiting"):
             if time.monotonic() > deadline_s:
                 raise HypervisorFailure(f"QEMU of {vm} does not give up its transfer")
             await asyncio.sleep(0.01)
         machine.let_go()
+        await mirror.cancel(self._qmp(machine), self._qmp(machine, oob=True))
+
+    # ------------------------------------------------------------ disks that go along
+
+    async def offer_disks(self, vm: Vm, listen: str) -> str:
+        do = self._qmp(self._machine(vm.name))
+        return await mirror.offer(do, _moving(vm), listen, _free_port(listen), self._tls)
+
+    async def withdraw_disks(self, vm: str) -> None:
+        await mirror.withdraw(self._qmp(self._machine(vm)))
+
+    async def begin_mirror(self, vm: Vm, uri: str, bytes_per_s: int) -> None:
+        machine = self._machine(vm.name)
+        machine.mirror = mirror.Progress()
+        await mirror.begin(self._qmp(machine), _moving(vm), uri, bytes_per_s, self._tls)
+
+    async def mirrored(self, vm: str) -> Storage:
+        machine = self._machine(vm)
+        return await machine.mirror.look(self._qmp(machine))
+
+    async def end_mirror(self, vm: str) -> None:
+        machine = self._machine(vm)
+        await self._wait(machine, "pause", lambda: machine.migration == _PAUSED, STOP_LIMIT_S)
+        await mirror.end(self._qmp(machine))
+
+    async def send_rest(self, vm: str) -> None:
+        await self._do(self._machine(vm), "migrate-continue", state="pre-switchover")
+
+    def _qmp(self, machine: _Machine, *, oob: bool = False) -> mirror.Qmp:
+        async def do(command: str, /, **arguments: Any) -> Any:
+            return await self._execute(machine, command, arguments, oob=oob)
+
+        return do
 
     async def close(self) -> None:
         """Let go of every QMP connection; the VMs run on."""
@@ -519,13 +584,22 @@ class QemuHypervisor:
                 await machine.client.disconnect()
 
 
-def _capabilities() -> list[dict[str, Any]]:
-    return [{"capability": "events", "state": True}]
+def _moving(vm: Vm) -> list[str]:
+    return [disk_node(index) for index, disk in enumerate(vm.disks) if disk.kind == "moved"]
+
+
+def _capabilities(*, pausing: bool = False) -> list[dict[str, Any]]:
+    """`late-block-activate`: a copy takes the locks of its images when it is made to run, and not
+    when it is whole (HO-29). `pausing`: once the VM is stopped the rest of its memory waits."""
+    wanted = {"events": True, "late-block-activate": True, "pause-before-switchover": pausing}
+    return [{"capability": name, "state": state} for name, state in wanted.items()]
 
 
 def _transfer(said: dict[str, Any]) -> Transfer:
     status = said.get("status", "setup")
-    known = {"setup", "active", "completed", "failed", "cancelled"}
+    if status == _PAUSED:
+        status = "waiting"
+    known = {"setup", "active", "waiting", "completed", "failed", "cancelled"}
     ram = said.get("ram", {})
     page = ram.get("page-size", 4096)
     total = int(ram.get("total", 0))

@@ -112,8 +112,8 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             return _prepared(record, event, now_s, now_ns)
         case Failed() | Abort() | CommitRefused() | Lost():
             return _failing(record, event, now_s, now_ns)
-        case Progress(memory=memory):
-            return msgspec.structs.replace(record, memory=memory), ()
+        case Progress(memory=memory, storage=storage):
+            return msgspec.structs.replace(record, memory=memory, storage=storage), ()
         case Flowing(held_ns=held_ns):
             return _flowing(record, held_ns)
         case Stopped():
@@ -217,7 +217,7 @@ def _outstanding(record: Handover, nve: str) -> tuple[CoordinatorEffect, ...]:
             ready = prepared or nve == record.new_nve
             return (_prepare(record, nve),) if ready else ()
         case "precopy" if nve == record.old_nve:
-            return (_tell(nve, Send(move=move, uri=record.uri)),)
+            return (_tell(nve, _send(record)),)
         case "precopy" if record.held_ns:
             return _steer_again(record, nve)
         case "paused" | "equal":
@@ -299,7 +299,10 @@ def _prepared(record: Handover, event: Prepared, now_s: float, now_ns: int) -> S
     if record.phase != "planned" or event.nve not in record.waiting:
         return record, ()
     record = msgspec.structs.replace(
-        record, waiting=record.waiting - {event.nve}, uri=event.uri or record.uri
+        record,
+        waiting=record.waiting - {event.nve},
+        uri=event.uri or record.uri,
+        disks_uri=event.disks_uri or record.disks_uri,
     )
     if event.nve == record.new_nve:
         return record, tuple(_prepare(record, nve) for nve in (record.old_nve, *record.peers))
@@ -307,7 +310,11 @@ def _prepared(record: Handover, event: Prepared, now_s: float, now_ns: int) -> S
         return record, ()
     record = _enter(_enter(record, "staged", now_ns), "precopy", now_ns)
     record = msgspec.structs.replace(record, deadline_s=now_s + record.options.timeout_s)
-    return record, (_tell(record.old_nve, Send(move=record.id, uri=record.uri)),)
+    return record, (_tell(record.old_nve, _send(record)),)
+
+
+def _send(record: Handover) -> Send:
+    return Send(move=record.id, uri=record.uri, disks_uri=record.disks_uri)
 
 
 def _flowing(record: Handover, held_ns: int) -> Step:
@@ -371,7 +378,7 @@ def _digested(record: Handover, event: Digested, now_ns: int, now_s: float) -> S
     if not (record.digest_old and record.digest_new):
         return record, ()
     if record.digest_old != record.digest_new:
-        return _abort(record, "memory differs between old and new host", now_s, now_ns)
+        return _abort(record, "memory or a disk differs between old and new host", now_s, now_ns)
     return record, (_commit(record),)
 
 
@@ -477,6 +484,7 @@ def _closed(record: Handover, event: Closed, now_ns: int) -> Step:
         record,
         waiting=record.waiting - {event.nve},
         packets=_merge(record.packets, event.packets),
+        storage=event.storage if event.nve == record.old_nve else record.storage,
     )
     moved = record.phase == "drained"
     if moved and event.nve == record.old_nve and record.new_nve in record.waiting:

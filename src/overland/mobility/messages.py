@@ -7,7 +7,7 @@ effects what they want done. All are values; the same structs travel on the wire
 from __future__ import annotations
 
 from overland.model.cluster import Record, Vm
-from overland.model.handover import Memory, MovingPort, Options, Packets, Transfer
+from overland.model.handover import Memory, MovingPort, Options, Packets, Storage, Transfer
 from overland.model.ticket import Seal
 
 # ------------------------------------------------------------ orders: coordinator -> NVE
@@ -44,9 +44,13 @@ class PreparePeer(Order, frozen=True, kw_only=True, tag=True):
 
 
 class Send(Order, frozen=True, kw_only=True, tag=True):
-    """To the old NVE: begin to copy memory to `uri`; stop and hold when it has converged."""
+    """To the old NVE: begin to copy memory to `uri`; stop and hold when it has converged.
+
+    Before that the disks that go along to `disks_uri`, if there are any.
+    """
 
     uri: str
+    disks_uri: str = ""
 
 
 class Force(Order, frozen=True, kw_only=True, tag=True):
@@ -116,11 +120,15 @@ class Report(Record, frozen=True, kw_only=True, tag=True):
 
 
 class Prepared(Report, frozen=True, kw_only=True, tag=True):
+    """All is in place. From the new NVE: where memory goes, and the disks that go along."""
+
     uri: str = ""
+    disks_uri: str = ""
 
 
 class Progress(Report, frozen=True, kw_only=True, tag=True):
     memory: Memory
+    storage: Storage = Storage()
 
 
 class Flowing(Report, frozen=True, kw_only=True, tag=True):
@@ -175,6 +183,7 @@ class Restored(Report, frozen=True, kw_only=True, tag=True):
 class Closed(Report, frozen=True, kw_only=True, tag=True):
     packets: Packets = Packets()
     memory: Memory = Memory()
+    storage: Storage = Storage()
 
 
 class Failed(Report, frozen=True, kw_only=True, tag=True):
@@ -322,6 +331,41 @@ class BeginSend(Do, frozen=True, kw_only=True, tag=True):
     bytes_per_s: int
 
 
+class BeginMirror(Do, frozen=True, kw_only=True, tag=True):
+    """Begin to copy the disks that go along to `uri`; from then on each write goes to both."""
+
+    uri: str
+    bytes_per_s: int
+
+
+class WatchMirror(Do, frozen=True, kw_only=True, tag=True):
+    """Look at the disks a moment later; answered by MirrorSeen."""
+
+
+class EndMirror(Do, frozen=True, kw_only=True, tag=True):
+    """With the VM stopped: the new images are brought up to the old ones, flushed, let go."""
+
+
+class SendRest(Do, frozen=True, kw_only=True, tag=True):
+    """Send what of memory was kept until the disks were done."""
+
+
+class OfferDisks(Do, frozen=True, kw_only=True, tag=True):
+    """Let the old NVE write the new copy's images; Done's text says where."""
+
+
+class WithdrawDisks(Do, frozen=True, kw_only=True, tag=True):
+    """Nobody else writes the images any more, and they are on this host's disk."""
+
+
+class KeepDisks(Do, frozen=True, kw_only=True, tag=True):
+    """The move is committed: the images made for the copy are the VM's."""
+
+
+class RemoveDisks(Do, frozen=True, kw_only=True, tag=True):
+    """The VM runs elsewhere with its disks: the images here go."""
+
+
 class WatchTransfer(Do, frozen=True, kw_only=True, tag=True):
     """Look at the transfer a moment later; answered by TransferSeen."""
 
@@ -390,7 +434,7 @@ class MuteBroadcast(Do, frozen=True, kw_only=True, tag=True):
 
 
 class CancelSend(Do, frozen=True, kw_only=True, tag=True):
-    pass
+    """Give up sending memory, and the disks that go along."""
 
 
 class StopCopy(Do, frozen=True, kw_only=True, tag=True):
@@ -409,6 +453,10 @@ class Say(Do, frozen=True, kw_only=True, tag=True):
 
 class TransferSeen(Record, frozen=True, kw_only=True, tag=True):
     transfer: Transfer
+
+
+class MirrorSeen(Record, frozen=True, kw_only=True, tag=True):
+    storage: Storage
 
 
 class Done(Record, frozen=True, kw_only=True, tag=True):
@@ -443,4 +491,4 @@ class Resumed(Record, frozen=True, kw_only=True, tag=True):
     """
 
 
-NveEvent = AnyOrder | TransferSeen | Done | Broken | Reconnected | Resumed
+NveEvent = AnyOrder | TransferSeen | MirrorSeen | Done | Broken | Reconnected | Resumed

@@ -13,10 +13,10 @@ from typing import TypeVar
 
 import msgspec
 
-from overland.model.cluster import Endpoint, Host, Interface, Network, Refused, Vm
-from overland.model.handover import ENDED, Handover, Memory, MovingPort, Options, PhaseAt
+from overland.model.cluster import Disk, Endpoint, Host, Interface, Network, Refused, Vm
+from overland.model.handover import ENDED, Handover, Memory, MovingPort, Options, PhaseAt, Storage
 from overland.model.names import port_name, vxlan_name
-from overland.nva import rules
+from overland.nva import rules, storage
 from overland.nva.cluster import Cluster
 from overland.nva.mapping import underlay_address
 from overland.nva.placement import Placement, drain_plan
@@ -166,8 +166,8 @@ class Authority:
 
     def completed(self, wish: Vm) -> Vm:
         """`wish` with everything chosen that it leaves open; Blocked when it may not be."""
-        vm = self._chosen(wish)
-        _stop_if(rules.vm_blockers(self.cluster, vm))
+        vm = storage.with_boot_disk(self._chosen(wish))
+        _stop_if((*rules.vm_blockers(self.cluster, vm), *storage.wish_blockers(self.cluster, vm)))
         return vm
 
     def _chosen(self, wish: Vm) -> Vm:
@@ -254,12 +254,17 @@ class Authority:
         blockers = rules.cold_blockers if cold else rules.move_blockers
         return tuple(blockers(self.cluster, name, to))
 
-    async def begin_move(self, move_id: str, name: str, to: str, options: Options) -> Handover:
-        """Journal a new move; Blocked with every reason when it may not begin."""
+    async def begin_move(
+        self, move_id: str, name: str, to: str, options: Options, disks: tuple[Disk, ...] = ()
+    ) -> Handover:
+        """Journal a new move; Blocked with every reason when it may not begin.
+
+        `disks` are the VM's, each of the kind that counts for this move.
+        """
         async with self._lock:
             _stop_if(rules.move_blockers(self.cluster, name, to))
             vm = self._vm(name)
-            record = self._planned(move_id, vm, to, options)
+            record = self._planned(move_id, msgspec.structs.replace(vm, disks=disks), to, options)
             moving = msgspec.structs.replace(vm, move=move_id)
             await self._write({f"move/{move_id}": record, f"vm/{name}": moving})
             self.cluster.vms[name] = moving
@@ -268,12 +273,12 @@ class Authority:
         return record
 
     async def move_at_rest(
-        self, move_id: str, name: str, to: str, state_bytes: int = 0
+        self, move_id: str, name: str, to: str, state_bytes: int = 0, disk_bytes: int = 0
     ) -> Handover:
         """Move a VM that is at rest: one transaction, with which it is done; Blocked if it may not.
 
         There is nothing in flight, so the receipt ends where it begins. `state_bytes` is what of a
-        suspended VM was copied before.
+        suspended VM was copied before, `disk_bytes` what of its disks.
         """
         async with self._lock:
             _stop_if(rules.cold_blockers(self.cluster, name, to))
@@ -294,6 +299,7 @@ class Authority:
                 closed_ns=now_ns,
                 close_reason="nothing was in flight",
                 memory=Memory(total_bytes=state_bytes, sent_bytes=state_bytes),
+                storage=Storage(total_bytes=disk_bytes, sent_bytes=disk_bytes),
             )
             moved = msgspec.structs.replace(vm, host=to, version=record.version)
             await self._write({f"move/{move_id}": record, f"vm/{name}": moved})

@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from overland.mobility.messages import AnyOrder, AnyReport
-from overland.model.cluster import Host, Mapping, Vm
+from overland.model.cluster import Disk, DiskState, Host, Mapping, Vm
 from overland.model.nve import VnChange, VnIntent
 
 PROTOCOL = 1
@@ -83,6 +83,13 @@ class FilesAnswer(Message, frozen=True, kw_only=True, tag=True):
     missing: tuple[str, ...]
 
 
+class DisksAnswer(Message, frozen=True, kw_only=True, tag=True):
+    """To a DisksQuestion with the same `id`: what is there of each disk, in order."""
+
+    id: int
+    states: tuple[DiskState, ...]
+
+
 class Resync(Message, frozen=True, kw_only=True, tag=True):
     """An update of VN `network` did not fit what is here: push the whole."""
 
@@ -143,13 +150,27 @@ class VmOrder(Message, frozen=True, kw_only=True, tag=True):
     """Do something to a VM; answered by VmAnswer with the same `id`.
 
     `suspend` saves its state on the host and ends it, `wake` runs it on from there. `take` waits
-    for such a state from another host and answers where, `give` sends it there (`uri`).
+    for such a state from another host and answers where, `give` sends it there (`uri`); with `disk`
+    for that disk's image. `remove` removes the images that have gone along, `drop` those that came
+    for a VM which does not come.
     """
 
     id: int
-    action: Literal["start", "pause", "resume", "suspend", "wake", "stop", "take", "give"]
+    action: Literal[
+        "start",
+        "pause",
+        "resume",
+        "suspend",
+        "wake",
+        "stop",
+        "take",
+        "give",
+        "remove",
+        "drop",
+    ]
     vm: Vm
     uri: str = ""
+    disk: Disk | None = None
 
 
 class HostQuestion(Message, frozen=True, kw_only=True, tag=True):
@@ -164,6 +185,13 @@ class FilesQuestion(Message, frozen=True, kw_only=True, tag=True):
 
     id: int
     paths: tuple[str, ...]
+
+
+class DisksQuestion(Message, frozen=True, kw_only=True, tag=True):
+    """What does this host have of these disks, and room for? (R-55) Answered by DisksAnswer."""
+
+    id: int
+    disks: tuple[Disk, ...]
 
 
 class Answer(Message, frozen=True, kw_only=True, tag=True):
@@ -191,6 +219,7 @@ FromNve = (
     | VmAnswer
     | HostAnswer
     | FilesAnswer
+    | DisksAnswer
     | Resync
     | Query
     | Unsupported
@@ -203,6 +232,7 @@ FromNva = (
     | VmOrder
     | HostQuestion
     | FilesQuestion
+    | DisksQuestion
     | Answer
     | Unsupported
 )
