@@ -23,7 +23,6 @@ STALL_LIMIT_S = 3.0
 """How long nothing of what waits to be written may arrive. The guest's own writes wait as well."""
 
 END_LIMIT_S = 3.0
-TLS_ID = "disks-tls"
 
 
 class Qmp(Protocol):
@@ -50,9 +49,9 @@ def credentials(folder: Path, ca: Path, certificate: Path, key: Path) -> Path:
 
 async def offer(do: Qmp, nodes: list[str], address: str, port: int, tls: Path) -> str:
     """Let the old QEMU write `nodes`; the URI at which it finds them."""
-    await _tls(do, "server", tls)
+    creds = await _tls(do, "server", tls)
     inet = {"type": "inet", "data": {"host": address, "port": str(port)}}
-    await do("nbd-server-start", addr=inet, **{"tls-creds": TLS_ID})
+    await do("nbd-server-start", addr=inet, **{"tls-creds": creds})
     for node in nodes:
         export = {"type": "nbd", "id": node, "node-name": node, "name": node, "writable": True}
         await do("block-export-add", **export)
@@ -72,12 +71,12 @@ async def withdraw(do: Qmp) -> None:
     with suppress(HypervisorFailure):  # it was stopped before
         await do("nbd-server-stop")
     with suppress(HypervisorFailure):
-        await do("object-del", id=TLS_ID)  # this QEMU may be the old one in the next move
+        await do("object-del", id=_tls_id("server"))
 
 
 async def begin(do: Qmp, nodes: list[str], uri: str, bytes_per_s: int, tls: Path) -> None:
     """Begin to copy `nodes` to where `uri` says; 0 is no limit."""
-    await _tls(do, "client", tls)
+    creds = await _tls(do, "client", tls)
     at = urlsplit(uri)
     for node in nodes:
         await do(
@@ -86,7 +85,7 @@ async def begin(do: Qmp, nodes: list[str], uri: str, bytes_per_s: int, tls: Path
             server={"type": "inet", "host": at.hostname, "port": str(at.port)},
             export=node,
             discard="unmap",
-            **{"node-name": _target(node), "tls-creds": TLS_ID, "detect-zeroes": "unmap"},
+            **{"node-name": _target(node), "tls-creds": creds, "detect-zeroes": "unmap"},
         )
         await do(
             "blockdev-mirror",
@@ -169,7 +168,7 @@ async def _clear(do: Qmp) -> None:
         if node["node-name"].startswith("target-"):
             await do("blockdev-del", **{"node-name": node["node-name"]})
     with suppress(HypervisorFailure):
-        await do("object-del", id=TLS_ID)
+        await do("object-del", id=_tls_id("client"))
 
 
 async def _until(do: Qmp, names: list[str], status: str) -> list[dict[str, Any]]:
@@ -193,14 +192,22 @@ async def _jobs(do: Qmp) -> list[dict[str, Any]]:
     return [job for job in await do("query-jobs") if job["id"].startswith("mirror-")]
 
 
-async def _tls(do: Qmp, endpoint: str, folder: Path) -> None:
-    await do(
-        "object-add",
-        id=TLS_ID,
-        endpoint=endpoint,
-        dir=str(folder),
-        **{"qom-type": "tls-creds-x509", "verify-peer": True},
-    )
+async def _tls(do: Qmp, endpoint: str, folder: Path) -> str:
+    """The name of our credentials in this QEMU; a former connection may still hold on to them."""
+    name = _tls_id(endpoint)
+    if name not in {each["name"] for each in await do("qom-list", path="/objects")}:
+        await do(
+            "object-add",
+            id=name,
+            endpoint=endpoint,
+            dir=str(folder),
+            **{"qom-type": "tls-creds-x509", "verify-peer": True},
+        )
+    return name
+
+
+def _tls_id(endpoint: str) -> str:
+    return f"disks-{endpoint}"
 
 
 def _target(node: str) -> str:
