@@ -147,13 +147,17 @@ async def end(do: Qmp) -> None:
 
 
 async def cancel(do: Qmp, oob: Qmp) -> None:
-    """Give the mirrors up, whatever state they are in; content with absence."""
+    """Give the mirrors up, whatever state they are in; content with absence.
+
+    First, out of band, the connections: while a write waits for a peer that does not answer, a
+    QEMU that is about to stop its VM hears nothing else.
+    """
+    for instance in await oob("query-yank"):
+        if instance["type"] == "block-node" and instance["node-name"].startswith(_target("")):
+            with suppress(HypervisorFailure):
+                await oob("yank", instances=[instance])
     names = [job["id"] for job in await _jobs(do)]
     for name in names:
-        # A peer that does not answer must not keep a write of the guest waiting.
-        with suppress(HypervisorFailure):
-            node = {"type": "block-node", "node-name": _target(name.removeprefix("mirror-"))}
-            await oob("yank", instances=[node])
         with suppress(HypervisorFailure):
             await do("block-job-cancel", device=name, force=True)
     await _until(do, names, "concluded")
@@ -165,7 +169,7 @@ async def _clear(do: Qmp) -> None:
         with suppress(HypervisorFailure):
             await do("job-dismiss", id=job["id"])
     for node in await do("query-named-block-nodes", flat=True):
-        if node["node-name"].startswith("target-"):
+        if node["node-name"].startswith(_target("")):
             await do("blockdev-del", **{"node-name": node["node-name"]})
     with suppress(HypervisorFailure):
         await do("object-del", id=_tls_id("client"))

@@ -527,6 +527,7 @@ class QemuHypervisor:
 
     async def cancel(self, vm: str) -> None:
         machine = self._machine(vm)
+        await mirror.cancel(self._qmp(machine), self._qmp(machine, oob=True))
         try:
             async with asyncio.timeout(CANCEL_LIMIT_S):
                 await self._do(machine, "migrate_cancel")
@@ -536,12 +537,11 @@ class QemuHypervisor:
             with contextlib.suppress(QMPError):
                 await machine.client.execute("yank", channels, oob=True)
         deadline_s = time.monotonic() + STOP_LIMIT_S
-        while (await self.transfer(vm)).status in ("setup", "active", "waiting"):
+        while _under_way(await self._do(machine, "query-migrate")):
             if time.monotonic() > deadline_s:
                 raise HypervisorFailure(f"QEMU of {vm} does not give up its transfer")
             await asyncio.sleep(0.01)
         machine.let_go()
-        await mirror.cancel(self._qmp(machine), self._qmp(machine, oob=True))
 
     # ------------------------------------------------------------ disks that go along
 
@@ -593,6 +593,11 @@ def _capabilities(*, pausing: bool = False) -> list[dict[str, Any]]:
     when it is whole (HO-29). `pausing`: once the VM is stopped the rest of its memory waits."""
     wanted = {"events": True, "late-block-activate": True, "pause-before-switchover": pausing}
     return [{"capability": name, "state": state} for name, state in wanted.items()]
+
+
+def _under_way(said: dict[str, Any]) -> bool:
+    """Nothing is said of a VM that was never sent nor received."""
+    return "status" in said and _transfer(said).status in ("setup", "active", "waiting")
 
 
 def _transfer(said: dict[str, Any]) -> Transfer:
