@@ -49,13 +49,14 @@ class Anything:
         async def done(*_: object, **__: object) -> Any:
             return GateCounters() if name == "count_port" else 0
 
-        return (lambda _: None) if name == "moving" else done
+        return (lambda _: None) if name in ("moving", "drop") else done
 
 
 def handovers(journal: PartJournal, copy: Copy, said: list[m.AnyReport]) -> Handovers:
     anything = cast("Any", Anything())
     return Handovers(
-        NEW, cast("Any", copy), anything, anything, said.append, 10, journal, lambda _: ""
+        *(NEW, cast("Any", copy), anything, anything, anything),
+        *(said.append, 10, journal, lambda _: ""),
     )
 
 
