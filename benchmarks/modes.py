@@ -89,7 +89,7 @@ def warm(lab: Lab, moves: int) -> list[dict[str, Any]]:
 
 
 def measure(moves: int, warm_moves: int) -> dict[str, Any]:
-    lab = Lab(LAB)
+    lab = Lab(LAB, small_disks=False)
     lab.up("ov.dirty=32,20")
     try:
         return cold(lab, moves) | {"warm": warm(lab, warm_moves)}
@@ -129,7 +129,7 @@ DISK_MIB, WRITTEN_MIB, WRITES_PER_S = 1024, 256, 200
 
 def stops_ms(moves: int, *, disk: bool) -> list[float]:
     """How long hot moves stop a VM; with `disk` one that goes along and is written to meanwhile."""
-    lab = Lab(LAB)
+    lab = Lab(LAB, small_disks=False)
     lab.up()
     found = []
     try:

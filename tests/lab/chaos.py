@@ -72,6 +72,8 @@ class Lab:
     vm: str = "web"
     number: int = 5
     nvas: int = 1
+    small_disks: bool = True
+    """Whether the disks of the daemons can be filled; then no VM's image has room beside them."""
     seen: list[str] = field(default_factory=list)
     """What was wrong while the last move went on: the VM sent from two hosts at once, or a record
     said what was not so.
@@ -84,7 +86,8 @@ class Lab:
     def up(self, append: str = "") -> None:
         self.down()
         ok("lab", "up", "--name", self.name, "--nvas", str(self.nvas))
-        self._give_small_disks()
+        if self.small_disks:
+            self._give_small_disks()
         ok(
             *("network", "create", "blue", "--vni", "42"),
             *("--ipv4", "10.42.0.0/24", "--ipv6", "fd42::/64"),

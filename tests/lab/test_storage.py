@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.root, pytest.mark.qemu, pytest.mark.timeout(240)]
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
-        lab = Lab(LAB)
+        lab = Lab(LAB, small_disks=False)
         try:
             lab.up()
             create("db", "h1", "data.raw,size=256MiB,kind=moved")
@@ -185,7 +185,7 @@ def test_a_fault_while_a_disk_is_copied_leaves_the_vm_writing_where_it_was(
     came_home(move, old, new)
     writer.goes_on()
     lost_nothing(disks(old) / "data.raw", writer.stopped_at())
-    wait_for(lambda: len(labs.connections(lab.api) or {}) == 3)
+    lab.until_ready()
 
 
 @pytest.fixture
