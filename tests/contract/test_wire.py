@@ -15,7 +15,7 @@ import pytest
 from overland.config import NvaConfig, Tls
 from overland.daemon.nva import Domain
 from overland.mobility import messages as m
-from overland.model.cluster import Boot, Endpoint, Host, Interface, Network, Vm
+from overland.model.cluster import Disk, Endpoint, Host, Interface, Network, Vm
 from overland.model.handover import Checkpoints, Handover, Memory, Options, PhaseAt
 from overland.nva.authority import Blocked
 from overland.ports import StoreFailure
@@ -585,7 +585,7 @@ async def test_a_vm_with_a_disk_does_not_move_warm(world: World) -> None:
     await lost_host(world)
     authority = world.domain.authority
     vm = authority.vm("web")
-    authority.cluster.vms["web"] = msgspec.structs.replace(vm, boot=Boot(image="/x"))
+    authority.cluster.vms["web"] = msgspec.structs.replace(vm, disks=(Disk(path="/x"),))
 
     def codes(options: Options) -> set[str]:
         return {each.code for each in authority.live_blockers("web", "h2", options)}

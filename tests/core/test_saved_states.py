@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from qemu.qmp import QMPClient
 
+from overland.hypervisor.images import Images
 from overland.hypervisor.qemu import QemuHypervisor, TapSource, _Machine
 from overland.ports import HypervisorFailure
 from tests.core.moves import VM
@@ -31,7 +32,9 @@ class FakeQemu:
         self.asked: list[str] = []
         self.machine: _Machine
 
-    async def execute(self, command: str, _arguments: Any = None) -> Any:
+    async def execute(self, command: str, _arguments: Any = None, *, oob: bool = False) -> Any:
+        if oob or command in ("query-jobs", "query-named-block-nodes"):
+            return []  # it has no disks
         self.asked.append(command)
         if command == "stop":
             self.status, self.machine.stopped_ns = "paused", 20
@@ -48,7 +51,8 @@ class FakeQemu:
 def host(tmp_path: Path) -> QemuHypervisor:
     for folder in ("suspended", "taken", "web"):
         (tmp_path / folder).mkdir()
-    return QemuHypervisor(tmp_path, cast("TapSource", None))
+    images = Images(tmp_path / "disks", tmp_path / "images")
+    return QemuHypervisor(tmp_path, cast("TapSource", None), images, tmp_path / "tls")
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from collections.abc import Callable
 from typing import Protocol, assert_never
 
 from overland.mobility import messages as m
-from overland.model.cluster import Vm
-from overland.model.handover import Memory, Packets, is_up
+from overland.model.cluster import Vm, moved_disks
+from overland.model.handover import Memory, Packets, Storage, has_state, is_up
 from overland.model.names import bridge_name
 from overland.model.ticket import Seal, Ticket, ticket_refusal
-from overland.ports import Hypervisor, HypervisorFailure, PortFailure
+from overland.ports import Hypervisor, HypervisorFailure, Images, PortFailure
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ class ColdMoves:
         nve: str,
         address: str,
         hypervisor: Hypervisor,
+        images: Images,
         ground: Ground,
         say: Callable[[m.AnyReport], None],
         opened: Callable[[Seal | None], Ticket | str],
@@ -55,6 +56,7 @@ class ColdMoves:
         self._nve = nve
         self._address = address
         self._hypervisor = hypervisor
+        self._images = images
         self._ground = ground
         self._say = say
         self._opened = opened
@@ -98,11 +100,9 @@ class ColdMoves:
             case m.Suspend():
                 return await self._suspend(order)
             case m.TakeState():
-                uri = await self._hypervisor.take_state(move, self._address)
-                return m.Prepared(move=move, nve=nve, uri=uri)
-            case m.GiveState(uri=uri):
-                await self._hypervisor.give_state(vm.name, uri)
-                return m.Received(move=move, nve=nve, at_ns=_now_ns())
+                return await self._take(order)
+            case m.GiveState():
+                return await self._give(order)
             case m.WakeUp() | m.DropState():
                 why = self._refusal(order)
                 if why is not None:
@@ -114,6 +114,7 @@ class ColdMoves:
                 return m.Restored(move=move, nve=nve)
             case m.DropCopy():
                 await self._hypervisor.drop_taken(move)
+                await self._images.drop_taken(move, moved_disks(vm))
                 return m.GivenBack(move=move, nve=nve)
             case m.Count():
                 return await self._count(order)
@@ -153,11 +154,30 @@ class ColdMoves:
         move, nve = order.move, self._nve
         return m.Stopped(move=move, nve=nve, held_ns=0, stop_ns=stop_ns, memory=memory)
 
+    async def _take(self, order: m.TakeState) -> m.Prepared:
+        move, vm, uri = order.move, order.vm, ""
+        if has_state(vm):
+            uri = await self._hypervisor.take_state(move, self._address)
+        disks = await self._images.take(move, moved_disks(vm), self._address)
+        return m.Prepared(move=move, nve=self._nve, uri=uri, disks_uri=" ".join(disks))
+
+    async def _give(self, order: m.GiveState) -> m.Received:
+        """The disks as they are once nobody writes them any more."""
+        if order.uri:
+            await self._hypervisor.give_state(order.vm.name, order.uri)
+        sent = 0
+        for disk, uri in zip(moved_disks(order.vm), order.disks_uri.split(), strict=True):
+            sent += await self._images.give(disk, uri)
+        storage = Storage(total_bytes=sent, sent_bytes=sent)
+        return m.Received(move=order.move, nve=self._nve, at_ns=_now_ns(), storage=storage)
+
     async def _wake(self, order: m.WakeUp | m.DropState) -> m.Running | m.Crashed:
         """Its interfaces are activated: the push that says so came before (HO-22)."""
         try:
-            await self._hypervisor.keep_state(order.vm.name, order.move)
-            self._seen(order.vm.name, "suspended")
+            await self._images.keep_taken(order.move, moved_disks(order.vm))
+            if has_state(order.vm):
+                await self._hypervisor.keep_state(order.vm.name, order.move)
+                self._seen(order.vm.name, "suspended")
             at_ns = _now_ns()
             if is_up(order.vm):
                 for port in order.ports:
@@ -171,6 +191,7 @@ class ColdMoves:
 
     async def _drop(self, order: m.WakeUp | m.DropState) -> m.Closed:
         await self._hypervisor.stop(order.vm.name)
+        self._images.remove(moved_disks(order.vm))
         self._seen(order.vm.name, None)
         return await self._count(order)
 
