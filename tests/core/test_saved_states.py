@@ -42,7 +42,13 @@ class FakeQemu:
             self.status, self.machine.resumed_ns = "running", 30
         if command == "migrate":
             self.machine.migration = "failed"
-        return {"status": self.status} if command == "query-status" else {}
+        status = {"query-status": self.status, "query-migrate": self.machine.migration}
+        return {"status": status[command]} if status.get(command) else {}
+
+    async def loaded(self) -> None:
+        async with self.machine.changed:
+            self.machine.migration = "completed"
+            self.machine.changed.notify_all()
 
     async def disconnect(self) -> None: ...
 
@@ -121,6 +127,23 @@ async def test_a_vm_that_cannot_be_saved_is_as_it_was(
     with pytest.raises(HypervisorFailure, match="could not be saved"):
         await host.suspend("web")
     assert qemu.status == status
+
+
+@pytest.mark.req("R-14")
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_process_that_a_killed_daemon_left_gets_its_state(
+    host: QemuHypervisor, process: int, tmp_path: Path, *, begun: bool
+) -> None:
+    """It was killed before, or after, it could tell QEMU to load; twice is once too often."""
+    (tmp_path / "suspended" / "web").write_bytes(b"state")
+    qemu = runs(host, process, "inmigrate", "active" if begun else "")
+    waking = asyncio.create_task(host.wake(VM, []))
+    await until(lambda: ("query-migrate" if begun else "migrate-incoming") in qemu.asked)
+    await qemu.loaded()
+    async with asyncio.timeout(5):
+        await waking
+    assert qemu.asked.count("migrate-incoming") == (not begun)
+    assert qemu.status == "running"
 
 
 async def test_a_state_that_does_not_wake_is_no_crash(

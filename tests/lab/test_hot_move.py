@@ -200,8 +200,8 @@ def test_the_right_to_write_a_shared_disk_goes_with_the_vm(lab: None, tmp_path: 
     ok(*create, "writer", "--host", "h1")
 
     def locked() -> bool:
-        look = ["qemu-img", "info", "-f", "raw", str(disk)]
-        done = subprocess.run(look, capture_output=True, text=True, check=False)
+        write = ["qemu-io", "-f", "raw", "-c", "quit", str(disk)]  # opens it, and closes it again
+        done = subprocess.run(write, capture_output=True, text=True, check=False)
         assert done.returncode == 0 or "lock" in done.stderr
         return done.returncode != 0
 

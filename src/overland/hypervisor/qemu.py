@@ -463,9 +463,8 @@ class QemuHypervisor:
             if not state.exists():
                 raise HypervisorFailure(f"VM {vm.name} has no saved state here")
             machine = await self._spawn(vm, ports, incoming=True)
-            machine.wakes = True
-            await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
-            await self._do(machine, "migrate-incoming", uri=f"exec:cat {shlex.quote(str(state))}")
+        if await self.state(vm.name) == "incoming":
+            await self._load(machine, state)
         try:
             at_ns = await self.received(vm.name, SAVE_LIMIT_S)
             if vm.state != "paused":
@@ -475,6 +474,13 @@ class QemuHypervisor:
             raise
         machine.wakes = False
         return at_ns
+
+    async def _load(self, machine: _Machine, state: Path) -> None:
+        """Begin, unless a former daemon has: it may have been killed before it could."""
+        machine.wakes = True
+        if not await self._under_way(machine):
+            await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
+            await self._do(machine, "migrate-incoming", uri=f"exec:cat {shlex.quote(str(state))}")
 
     async def recover(self, vm: Vm, ports: Sequence[str]) -> int:
         at_ns = self._keeper.newest_ns(vm.name)

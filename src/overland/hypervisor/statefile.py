@@ -1,8 +1,8 @@
 """A file of a VM at rest, its saved state or a disk image, carried from one host to another.
 
 The taker listens and names itself by a URI with a secret; the giver says the secret, the length
-and the bytes, and their SHA-256; the taker answers when all of it is on its disk. Zeros take no
-room there.
+and the bytes, and their SHA-256; the taker answers when all of it is on its disk, or why it is not.
+Zeros take no room there.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ TAKE_LIMIT_S = 600.0
 PIECE_LIMIT_S = 30.0
 _SECRET_BYTES, _LENGTH_BYTES, _DIGEST_BYTES = 16, 8, 32
 _KEPT = b"kept"
+_ANSWER_BYTES = 200
 _HOLE = bytes(64 << 10)
 
 Place = Callable[[Path, Path], object]
@@ -55,7 +56,7 @@ class Taker:
             raise HypervisorFailure(f"cannot take a state at {address}: {error.strerror}") from None
         server.setblocking(False)
         uri = f"state:{address}|{server.getsockname()[1]}|{secret.hex()}"
-        task = asyncio.create_task(_until_taken(server, path, secret, place))
+        task = asyncio.create_task(self._until_taken(server, path, secret, place))
         task.add_done_callback(lambda _: server.close())  # also of one that never began
         self._waiting[path] = uri, task
         return uri
@@ -73,21 +74,26 @@ class Taker:
             await asyncio.wait({task})
         _part(path).unlink(missing_ok=True)
 
+    async def _until_taken(
+        self, server: socket.socket, path: Path, secret: bytes, place: Place
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(TimeoutError):
+            while True:
+                async with asyncio.timeout(TAKE_LIMIT_S):
+                    giver, _ = await loop.sock_accept(server)
+                giver.settimeout(PIECE_LIMIT_S)
+                with giver:
+                    if await _cut_when_cancelled(giver, path, secret, place):
+                        self._waiting.pop(path, None)  # who asks once it is kept waits anew
+                        with contextlib.suppress(OSError):
+                            giver.sendall(_KEPT)
+                        return
+
 
 def _part(path: Path) -> Path:
     """Where a file is until it is whole."""
     return path.with_name(f".{path.name}.part")
-
-
-async def _until_taken(server: socket.socket, path: Path, secret: bytes, place: Place) -> None:
-    loop = asyncio.get_running_loop()
-    taken = False
-    with contextlib.suppress(TimeoutError):
-        while not taken:
-            async with asyncio.timeout(TAKE_LIMIT_S):
-                giver, _ = await loop.sock_accept(server)
-            giver.settimeout(PIECE_LIMIT_S)
-            taken = await _cut_when_cancelled(giver, path, secret, place)
 
 
 async def _cut_when_cancelled(
@@ -106,7 +112,19 @@ async def _cut_when_cancelled(
 
 def _taken(giver: socket.socket, path: Path, secret: bytes, place: Place) -> bool:
     """Whether this one gave what was waited for; else nothing of it is kept."""
-    with giver, contextlib.suppress(OSError, ValueError), giver.makefile("rb") as stream:
+    try:
+        _take_from(giver, path, secret, place)
+    except ValueError:
+        return False
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            giver.sendall((error.strerror or "no answer").encode()[:_ANSWER_BYTES])
+        return False
+    return True
+
+
+def _take_from(giver: socket.socket, path: Path, secret: bytes, place: Place) -> None:
+    with giver.makefile("rb") as stream:
         if not secrets.compare_digest(stream.read(_SECRET_BYTES), secret):
             raise ValueError("not the giver")
         left = length = int.from_bytes(stream.read(_LENGTH_BYTES), "big")
@@ -125,9 +143,6 @@ def _taken(giver: socket.socket, path: Path, secret: bytes, place: Place) -> boo
             place(part, path)
         finally:
             part.unlink(missing_ok=True)
-        giver.sendall(_KEPT)
-        return True
-    return False
 
 
 def _write(file: BufferedWriter, piece: bytes) -> None:
@@ -148,7 +163,7 @@ async def give(path: Path, uri: str) -> int:
         return await asyncio.to_thread(_given, taker, path, (address, int(port)), secret)
     except OSError as error:
         why = error.strerror or "no answer"
-        raise HypervisorFailure(f"state not taken by {address}: {why}") from None
+        raise HypervisorFailure(f"{path.name} not taken by {address}: {why}") from None
 
 
 def _given(taker: socket.socket, path: Path, address: tuple[str, int], secret: str) -> int:
@@ -156,12 +171,17 @@ def _given(taker: socket.socket, path: Path, address: tuple[str, int], secret: s
         taker.settimeout(PIECE_LIMIT_S)
         taker.connect(address)
         length = os.fstat(file.fileno()).st_size
-        taker.sendall(bytes.fromhex(secret) + length.to_bytes(_LENGTH_BYTES, "big"))
         digest = hashlib.sha256()
-        while piece := file.read(PIECE_BYTES):
-            digest.update(piece)
-            taker.sendall(piece)
-        taker.sendall(digest.digest())
-        if taker.recv(len(_KEPT)) != _KEPT:
-            raise HypervisorFailure(f"state not kept by {address[0]} (disk full?)")
+        answer = b""
+        with contextlib.suppress(ConnectionError):  # one that takes no more has said why
+            taker.sendall(bytes.fromhex(secret) + length.to_bytes(_LENGTH_BYTES, "big"))
+            while piece := file.read(PIECE_BYTES):
+                digest.update(piece)
+                taker.sendall(piece)
+            taker.sendall(digest.digest())
+        with contextlib.suppress(ConnectionError):
+            answer = taker.recv(_ANSWER_BYTES)
+        if answer != _KEPT:
+            why = answer.decode(errors="replace") or "the connection broke"
+            raise HypervisorFailure(f"{path.name} not kept by {address[0]}: {why}")
     return length
