@@ -89,6 +89,14 @@ async def test_a_state_that_is_nowhere_is_not_kept(host: QemuHypervisor, tmp_pat
         assert await host.saved_bytes("web") == 5
 
 
+async def test_a_state_that_is_on_its_way_is_told_of(host: QemuHypervisor) -> None:
+    """HO-43: the move may have ended without us, and its giver may go on."""
+    await host.take_state("m1", "127.0.0.1")
+    assert host.taken() == ["m1"]
+    await host.drop_taken("m1")
+    assert host.taken() == []
+
+
 @pytest.mark.req("R-48")
 @pytest.mark.parametrize("file", [".saving-web", "web"])
 async def test_a_paused_vm_that_was_saved_wholly_wakes_from_its_state(

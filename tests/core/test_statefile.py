@@ -95,6 +95,21 @@ async def test_one_that_cannot_write_says_why_before_all_is_sent(tmp_path: Path)
             await give(here, uri)
 
 
+async def test_what_is_no_longer_to_be_given_does_not_arrive(tmp_path: Path) -> None:
+    """The move turned back meanwhile: nobody would remove what came after that."""
+    here, there = tmp_path / "here", tmp_path / "there" / "web"
+    with here.open("wb") as file:
+        file.truncate(8 << 30)
+    taker = Taker()
+    giving = asyncio.create_task(give(here, await taker.take(there, "127.0.0.1")))
+    part = there.with_name(".web.part")
+    await until(part.exists)
+    giving.cancel()
+    await until(lambda: not part.exists())
+    assert not there.exists()
+    await taker.give_up(there)
+
+
 async def test_what_is_given_up_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     """An abort while a state is carried: no file, no part of one, and nobody listens any more."""
     there = tmp_path / "there" / "m1"

@@ -212,8 +212,9 @@ async def test_an_image_that_is_given_up_on_its_way_leaves_nothing(tmp_path: Pat
     await writer.drain()
     folder = new.path(EMPTY).parent
     await until(lambda: any(folder.iterdir()))  # it is being written now
+    assert new.taken() == ["m1"], "an NVE that comes back asks what became of it"
     await new.drop_taken("m1", [EMPTY])
-    assert list(folder.iterdir()) == []
+    assert (list(folder.iterdir()), new.taken()) == ([], [])
     with contextlib.suppress(ConnectionError):
         assert await reader.read() == b""
     writer.close()

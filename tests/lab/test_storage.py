@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import struct
@@ -20,6 +21,9 @@ from tests.lab.chaos import Lab, ok, run
 LAB = "ovdisk"
 SECTOR, RING, FIRST = 512, 64, 1024
 """As in overland/lab/guest_files/journal.c."""
+
+DATA = 48 << 20
+"""What is in the disk before anybody writes to it, in bytes."""
 
 pytestmark = [pytest.mark.root, pytest.mark.qemu, pytest.mark.timeout(240)]
 
@@ -125,6 +129,22 @@ def test_a_disk_goes_along_under_a_writer_that_waits_for_each_write(lab: Lab) ->
     assert list(disks(old).iterdir()) == []
 
 
+@pytest.mark.req("R-53")
+@pytest.mark.req("R-56")
+def test_a_disk_goes_along_cold_with_a_vm_that_was_writing(lab: Lab) -> None:
+    """The writer is stopped in the middle of a write or between two, and goes on from there."""
+    writer = Writer("db")
+    old, new = place("db"), elsewhere("db")
+    writer.goes_on()
+    receipt = ok("vm", "migrate", "db", "--to", new, "--cold", "-o", "json")
+    assert (receipt["mode"], receipt["outcome"]) == ("cold", "moved")
+    writer.goes_on()
+    image = disks(new) / "data.raw"
+    lost_nothing(image, writer.stopped_at())
+    assert image.stat().st_blocks * 512 < 64 << 20, "holes are not filled"
+    assert list(disks(old).iterdir()) == []
+
+
 def mirroring(new: str) -> str:
     """Begin a slow move of `db` to `new`; its id, once a part of the disk has gone."""
     move = ok("vm", "migrate", "db", "--to", new, "--bandwidth", "8MiB", "--no-wait").strip()
@@ -142,8 +162,14 @@ def came_home(move: str, old: str, new: str) -> None:
     receipt = wait_ended(move)
     assert receipt["outcome"] == "aborted", receipt
     assert place("db") == old
-    wait_for(lambda: list(disks(new).iterdir()) == [])
-    assert not list((LABS / LAB / "run" / new / "images").iterdir())
+    nothing_left(new)
+
+
+def nothing_left(host: str) -> None:
+    """Of an image that is not the VM's own, or of a state."""
+    wait_for(lambda: list(disks(host).iterdir()) == [])
+    run_dir = LABS / LAB / "run" / host
+    assert not [*run_dir.glob("images/*"), *run_dir.glob("taken/*"), *run_dir.glob("suspended/*")]
 
 
 def wait_ended(move: str) -> dict[str, Any]:
@@ -188,6 +214,51 @@ def test_a_fault_while_a_disk_is_copied_leaves_the_vm_writing_where_it_was(
     lab.until_ready()
 
 
+@contextlib.contextmanager
+def carrying(old: str, new: str) -> Iterator[str]:
+    """A cold move of `db`, slow until the end of the block, a part of whose disk has gone."""
+    qdisc = ["tc", "-n", f"ovl-{LAB}-{old}", "qdisc"]
+    limit = ["rate", "128mbit", "burst", "256kb", "latency", "50ms"]
+    subprocess.run([*qdisc, "add", "dev", "underlay", "root", "tbf", *limit], check=True)
+    try:
+        move = ok("vm", "migrate", "db", "--to", new, "--cold", "--no-wait").strip()
+        wait_for(lambda: [*disks(new).glob(".data.raw.part")])
+        yield str(move)
+    finally:
+        subprocess.run([*qdisc, "del", "dev", "underlay", "root"], check=True)
+
+
+def abort(lab: Lab, old: str, new: str) -> None:
+    run("migration", "abort", ok("vm", "show", "db", "-o", "json")["move"])
+
+
+def just_restart_new(lab: Lab, old: str, new: str) -> None:
+    labs.restart(topology(LAB, 3), new)
+
+
+@pytest.mark.req("R-14")
+@pytest.mark.req("R-53")
+@pytest.mark.parametrize("fault", [cut, abort, restart_old, just_restart_new])
+def test_a_fault_while_a_disk_is_carried_leaves_one_whole_disk(
+    lab: Lab, fault: Callable[[Lab, str, str], None]
+) -> None:
+    """When link or NVE are back the disk is carried on, or the move turns back; never a half."""
+    old, new = place("db"), elsewhere("db")
+    writer = Writer("db")
+    writer.goes_on()
+    with carrying(old, new) as move:
+        fault(lab, old, new)
+    receipt = wait_ended(move)
+    assert receipt["outcome"] in ("moved", "aborted")
+    assert receipt["outcome"] == "aborted" or fault is not abort
+    here = new if receipt["outcome"] == "moved" else old
+    assert place("db") == here
+    nothing_left(old if here == new else new)
+    writer.goes_on()
+    lost_nothing(disks(here) / "data.raw", writer.stopped_at())
+    lab.until_ready()
+
+
 @pytest.fixture
 def small(lab: Lab) -> Iterator[str]:
     """A host whose disk folder has room for 96 MiB."""
@@ -199,17 +270,44 @@ def small(lab: Lab) -> Iterator[str]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.mark.req("R-55")
-def test_a_host_that_fills_up_while_a_disk_is_copied_takes_nothing(lab: Lab, small: str) -> None:
-    old = place("db")
-    writer = Writer("db")
-    move = mirroring(small)
-    with (disks(small) / "ballast").open("wb") as ballast:
-        os.posix_fallocate(ballast.fileno(), 0, 70 << 20)
+def fill(host: str, leave_bytes: int = 1 << 20) -> None:
+    """Take the room that is left beside the disks of `host`, but for so much."""
+    free = os.statvfs(disks(host))
+    with (disks(host) / "ballast").open("wb") as ballast:
+        os.posix_fallocate(ballast.fileno(), 0, free.f_bavail * free.f_frsize - leave_bytes)
+
+
+def came_home_from_a_full_host(move: str, full: str) -> None:
     receipt = wait_ended(move)
     assert receipt["outcome"] == "aborted"
     assert "No space left" in receipt["reason"]
-    assert [path.name for path in disks(small).iterdir()] == ["ballast"]
+    assert "\n" not in receipt["reason"]
+    wait_for(lambda: [path.name for path in disks(full).iterdir()] == ["ballast"])
+
+
+@pytest.mark.req("R-55")
+@pytest.mark.parametrize("part", [0.1, 0.9])
+def test_a_host_that_fills_up_while_a_disk_is_copied_takes_nothing(
+    lab: Lab, small: str, part: float
+) -> None:
+    old = place("db")
+    writer = Writer("db")
+    move = mirroring(small)
+    copied = (disks(small) / "data.raw").stat().st_blocks * 512
+    fill(small, max(1 << 20, int(part * DATA) - copied))
+    came_home_from_a_full_host(move, small)
+    writer.goes_on()
+    lost_nothing(disks(old) / "data.raw", writer.stopped_at())
+
+
+@pytest.mark.req("R-55")
+def test_a_host_that_fills_up_while_a_disk_is_carried_takes_nothing(lab: Lab, small: str) -> None:
+    old = place("db")
+    writer = Writer("db")
+    writer.goes_on()
+    with carrying(old, small) as move:
+        fill(small)
+    came_home_from_a_full_host(move, small)
     writer.goes_on()
     lost_nothing(disks(old) / "data.raw", writer.stopped_at())
 
@@ -248,6 +346,10 @@ def test_a_disk_that_a_vm_cannot_have_is_refused(lab: Lab, tmp_path: Path) -> No
     assert "(code disk_format)" in refused(*make, f"{base},format=raw")
     assert "(code disk_chain)" in refused(*make, f"{top},kind=moved")
     assert "(code unsupported_disk)" in refused(*make, f"{base},kind=left")
+    create("chained", "h2", str(top))
+    along = ("vm", "migrate", "chained", "--to", "h3", "--with-storage")
+    assert "(code disk_chain)" in refused(*along)
+    ok("vm", "delete", "chained")
     create("holder", "h2", str(base))
     assert "(code disk_in_use)" in refused(*make, str(base))
     receipt = ok("vm", "migrate", "holder", "--to", "h3", "-o", "json")

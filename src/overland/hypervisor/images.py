@@ -93,8 +93,9 @@ class Images:
     async def take(self, move: str, disks: Sequence[Disk], listen: str) -> list[str]:
         """Wait at `listen` for the images that `move` brings; the URIs to give them to, in order.
 
-        One that is still waited for, or is coming, keeps its URI; what was brought before stays
-        until it comes again. They are nobody's until `keep_taken`.
+        The move is noted first: half an image is found after a crash. One that is still waited
+        for, or is coming, keeps its URI; what was brought before stays until it comes again. They
+        are nobody's until `keep_taken`.
         """
 
         def place(part: Path, path: Path) -> None:
@@ -102,6 +103,11 @@ class Images:
             self._note(_taken(move), path, part.stat().st_ino)
             os.link(part, path)
 
+        if disks:
+            try:
+                self._write_note(_taken(move), self._noted(_taken(move)))
+            except OSError as error:
+                raise HypervisorFailure(f"{self._notes}: {error.strerror}") from None
         return [await self._taker.take(self.path(disk), listen, place) for disk in disks]
 
     async def keep_taken(self, move: str, disks: Sequence[Disk]) -> None:
@@ -117,6 +123,8 @@ class Images:
 
     async def drop_taken(self, move: str, disks: Sequence[Disk]) -> None:
         """Wait for `disks` no longer, and remove what `move` has brought; content with absence."""
+        if move not in self.taken():
+            return  # of that path another move may be bringing another VM's image
         for disk in disks:
             await self._taker.stop_waiting(self.path(disk))
         self.drop(_taken(move))
@@ -130,11 +138,13 @@ class Images:
         return await give(self.path(disk), uri)
 
     def _note(self, vm: str, path: Path, inode: int) -> None:
+        self._write_note(vm, [*self._noted(vm), (str(path), inode)])
+
+    def _write_note(self, vm: str, noted: list[tuple[str, int]]) -> None:
         self._notes.mkdir(parents=True, exist_ok=True)
-        note = self._notes / vm
-        fresh = note.with_suffix(".new")
-        fresh.write_text(json.dumps([*self._noted(vm), [str(path), inode]]))
-        fresh.replace(note)
+        fresh = (self._notes / vm).with_suffix(".new")
+        fresh.write_text(json.dumps(noted))
+        fresh.replace(self._notes / vm)
 
     def _noted(self, vm: str) -> list[tuple[str, int]]:
         with contextlib.suppress(OSError, ValueError):

@@ -543,7 +543,7 @@ class QemuHypervisor:
         await self._taker.give_up(self._run_dir / "taken" / move)
 
     def taken(self) -> list[str]:
-        return self._names_in("taken")
+        return sorted({*self._names_in("taken"), *(path.name for path in self._taker.awaited())})
 
     def _names_in(self, folder: str) -> list[str]:
         """Whole files only; what is being written has a name that begins with a dot."""

@@ -61,6 +61,10 @@ class Taker:
         self._waiting[path] = uri, task
         return uri
 
+    def awaited(self) -> list[Path]:
+        """The files that are waited for, or are coming."""
+        return list(self._waiting)
+
     async def give_up(self, path: Path) -> None:
         """Wait no longer for the file at `path`, and remove it; content with absence."""
         await self.stop_waiting(path)
@@ -160,7 +164,12 @@ async def give(path: Path, uri: str) -> int:
     try:
         # Made here, where the network namespace is the daemon's.
         taker = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-        return await asyncio.to_thread(_given, taker, path, (address, int(port)), secret)
+        try:
+            return await asyncio.to_thread(_given, taker, path, (address, int(port)), secret)
+        except asyncio.CancelledError:
+            with contextlib.suppress(OSError):
+                taker.shutdown(socket.SHUT_RDWR)  # else the thread goes on, and it is kept there
+            raise
     except OSError as error:
         why = error.strerror or "no answer"
         raise HypervisorFailure(f"{path.name} not taken by {address}: {why}") from None

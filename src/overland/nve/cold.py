@@ -92,7 +92,7 @@ class ColdMoves:
         return m.Failed(move=order.move, nve=self._nve, step=step, why=why)
 
     async def _report(self, order: m.ColdOrder) -> m.AnyReport:
-        move, nve, vm = order.move, self._nve, order.vm
+        move, nve = order.move, self._nve
         match order:
             case m.Associate():
                 await self._associate(order)
@@ -113,8 +113,7 @@ class ColdMoves:
                 await self._return(order)
                 return m.Restored(move=move, nve=nve)
             case m.DropCopy():
-                await self._hypervisor.drop_taken(move)
-                await self._images.drop_taken(move, moved_disks(vm))
+                await self._drop_taken(order)
                 return m.GivenBack(move=move, nve=nve)
             case m.Count():
                 return await self._count(order)
@@ -204,9 +203,19 @@ class ColdMoves:
             await self._hypervisor.back_to(order.vm, [port.port for port in order.ports])
             self._seen(name, order.vm.state)
 
+    async def _drop_taken(self, order: m.ColdOrder) -> None:
+        """What was taken for the move and has not become the VM's own."""
+        await self._hypervisor.drop_taken(order.move)
+        await self._images.drop_taken(order.move, moved_disks(order.vm))
+
     async def _count(self, order: m.ColdOrder) -> m.Closed:
-        """At the old NVE what other NVEs sent came although they had said that they drop."""
+        """At the old NVE what other NVEs sent came although they had said that they drop.
+
+        The last order of a move: one that was away when it turned back has heard no other.
+        """
         old = self._nve == order.vm.host
+        if not old:
+            await self._drop_taken(order)
         dropped = residual = 0
         for port in order.ports:
             found = await self._ground.dropped_in_transit(bridge_name(port.vni), port.mac)
