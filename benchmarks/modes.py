@@ -1,4 +1,6 @@
-"""Cold: suspended, beside a bare copy of the state, and running. Warm: pauses, recovery points."""
+"""Cold: suspended, beside a bare copy of the state, and running. Warm: pauses, recovery points. Hot
+with a disk of 1 GiB that is written to, beside one of the same VM without a disk.
+"""
 
 from __future__ import annotations
 
@@ -122,18 +124,62 @@ def say_warm(receipts: list[dict[str, Any]]) -> None:
     )
 
 
+DISK_MIB, WRITTEN_MIB, WRITES_PER_S = 1024, 256, 200
+
+
+def stops_ms(moves: int, *, disk: bool) -> list[float]:
+    """How long hot moves stop a VM; with `disk` one that goes along and is written to meanwhile."""
+    lab = Lab(LAB)
+    lab.up()
+    found = []
+    try:
+        words = ("--disk", f"data.raw,size={DISK_MIB}MiB,kind=moved") if disk else ()
+        ok("vm", "create", "db", "--host", "h1", "--network", "blue", *words)
+        write = (
+            f"dd if=/dev/urandom of=/dev/vda bs=1M count={WRITTEN_MIB} seek=64 conv=fsync 2>&1; "
+            f"(journal /dev/vda {WRITES_PER_S} /tmp/told </dev/null >/tmp/said 2>&1 &)"
+        )
+        ok("lab", "guest", "db", "--name", LAB, "--", write if disk else "true")
+        for number in range(moves):
+            to = ("h2", "h1")[number % 2]
+            receipt = ok("vm", "migrate", "db", "--to", to, "-o", "json")
+            assert receipt["outcome"] == "moved", receipt["reason"]
+            found.append(receipt["vm_stop_ms"])
+    finally:
+        lab.down()
+    return found
+
+
+def storage(moves: int) -> dict[str, Any]:
+    if not moves:
+        return {"stop_ms": [], "disk_stop_ms": []}
+    return {"stop_ms": stops_ms(moves, disk=False), "disk_stop_ms": stops_ms(moves, disk=True)}
+
+
+def say_storage(found: dict[str, Any]) -> None:
+    bare, disk = statistics.median(found["stop_ms"]), statistics.median(found["disk_stop_ms"])
+    print(
+        f"{len(found['disk_stop_ms'])} hot moves with a disk of {DISK_MIB} MiB under "
+        f"{WRITES_PER_S} writes/s: VM stop {disk:.0f} ms (median), without a disk {bare:.0f} ms, "
+        f"ratio {disk / bare:.2f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--moves", type=int, default=10)
     parser.add_argument("--warm-moves", type=int, default=3)
+    parser.add_argument("--disk-moves", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("out/bench-modes.json"))
     options = parser.parse_args()
     os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="modes-")  # a context of our own
-    found = measure(options.moves, options.warm_moves)
+    found = measure(options.moves, options.warm_moves) | storage(options.disk_moves)
     if found["cold_ms"]:
         say_cold(found)
     if found["warm"]:
         say_warm(found["warm"])
+    if found["disk_stop_ms"]:
+        say_storage(found)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1))
 

@@ -76,6 +76,9 @@ class NveConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     run_dir: str
     """Folder for the VMs' sockets and logs and for the open moves. It must survive a restart of the
     daemon: the VMs that run are found by it."""
+    disk_dir: str | None = None
+    """Folder of this host's own disk images: a relative path in `--disk` lies in it. `disks` in
+    `run_dir` when left out."""
     tls: Tls
     """Who this NVE is, and whom it believes."""
     namespace_prefix: str = "ovl"

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Literal, Protocol
 
-from overland.model.cluster import GUEST_PAUSE, Record, Vm
+from overland.model.cluster import GUEST_PAUSE, Disk, DiskState, Record, Vm
 from overland.model.forecast import Gauge
-from overland.model.handover import Checkpoint, MovingPort
+from overland.model.handover import Checkpoint, MovingPort, Storage
 from overland.model.handover import Transfer as Transfer
 from overland.model.nve import KernelState, Op, OpFailure
 
@@ -323,7 +323,31 @@ class Hypervisor(Protocol):
         ...
 
     async def cancel(self, vm: str) -> None:
-        """Give up sending. The VM stays as it is: running, or stopped if it was stopped."""
+        """Give up sending memory and disks. The VM stays as it is: running, or stopped."""
+        ...
+
+    async def offer_disks(self, vm: Vm, listen: str) -> str:
+        """Let the old host write the images of a copy that waits; the URI to write them at."""
+        ...
+
+    async def withdraw_disks(self, vm: str) -> None:
+        """Nobody else writes the images any more; content when nobody could."""
+        ...
+
+    async def begin_mirror(self, vm: Vm, uri: str, bytes_per_s: int) -> None:
+        """Begin to copy the disks that go along to `uri`; each write goes to both from now on."""
+        ...
+
+    async def mirrored(self, vm: str) -> Storage:
+        """How far that is. HypervisorFailure when it cannot go on (full, cut off, stalled)."""
+        ...
+
+    async def end_mirror(self, vm: str) -> None:
+        """With the VM stopped by a transfer: the new images become equal, flushed, and let go."""
+        ...
+
+    async def send_rest(self, vm: str) -> None:
+        """After `end_mirror`: send what of memory waited for it."""
         ...
 
     async def resume(self, vm: str) -> int:
@@ -402,6 +426,60 @@ class Hypervisor(Protocol):
 
     async def names(self) -> list[str]:
         """Names of the VMs with a process here."""
+        ...
+
+
+class Images(Protocol):
+    """The disk images of one host."""
+
+    async def look(self, disks: Sequence[Disk]) -> tuple[DiskState, ...]:
+        """What is there of each, in order."""
+        ...
+
+    def keep(self, vm: str) -> None:
+        """What was made for `vm` here is its own from now on."""
+        ...
+
+    def drop(self, vm: str) -> None:
+        """Remove what was made for `vm` here and not kept; content with absence."""
+        ...
+
+    async def take(self, move: str, disks: Sequence[Disk], listen: str) -> list[str]:
+        """Wait at underlay address `listen` for the images that `move` brings; URIs, in order.
+
+        They are nobody's until `keep_taken`. Where something is already, nothing is taken.
+        """
+        ...
+
+    async def give(self, disk: Disk, uri: str) -> int:
+        """Send the image of a VM at rest; bytes, once it is on the other host's disk."""
+        ...
+
+    async def keep_taken(self, move: str, disks: Sequence[Disk]) -> None:
+        """What `move` has brought is the VM's own; content with its being so.
+
+        HypervisorFailure when one of `disks` is not here any more.
+        """
+        ...
+
+    async def drop_taken(self, move: str, disks: Sequence[Disk]) -> None:
+        """What `move` has brought goes, and nobody waits for `disks`; content with absence."""
+        ...
+
+    def taken(self) -> list[str]:
+        """The moves whose images were taken here and are nobody's yet."""
+        ...
+
+    async def settle(self, disks: Sequence[Disk]) -> None:
+        """Return when what was written to the images would outlast a crash of this host."""
+        ...
+
+    def remove(self, disks: Sequence[Disk]) -> None:
+        """Remove the images; content with absence."""
+        ...
+
+    async def digest(self, disk: Disk) -> str:
+        """SHA-256 of what a guest sees in the image (R-56)."""
         ...
 
 

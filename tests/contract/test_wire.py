@@ -15,7 +15,7 @@ import pytest
 from overland.config import NvaConfig, Tls
 from overland.daemon.nva import Domain
 from overland.mobility import messages as m
-from overland.model.cluster import Boot, Endpoint, Host, Interface, Network, Vm, VmState
+from overland.model.cluster import Disk, Endpoint, Host, Interface, Network, Vm, VmState
 from overland.model.handover import Checkpoints, Handover, Memory, Options, PhaseAt
 from overland.nva.authority import Blocked
 from overland.ports import StoreFailure
@@ -629,8 +629,9 @@ async def test_an_old_state_goes_once_the_vm_is_up_at_its_new_host(world: World)
     """HO-43: also when only a look at that host tells that it is."""
     one, two = await asleep(world, "suspended")
     two.say(w.VmReport(vm="web", state="running"))
-    order = await one.hears(w.VmOrder)
-    assert (order.action, order.vm.state) == ("stop", "running")
+    order = (await one.hears(w.MoveOrder)).order
+    assert isinstance(order, m.DropState)
+    assert order.seal is not None
     assert world.domain.authority.recovery_point("web") is None
 
 
@@ -671,7 +672,7 @@ async def test_a_vm_with_a_disk_does_not_move_warm(world: World) -> None:
     await lost_host(world)
     authority = world.domain.authority
     vm = authority.vm("web")
-    authority.cluster.vms["web"] = msgspec.structs.replace(vm, boot=Boot(image="/x"))
+    authority.cluster.vms["web"] = msgspec.structs.replace(vm, disks=(Disk(path="/x"),))
 
     def codes(options: Options) -> set[str]:
         return {each.code for each in authority.live_blockers("web", "h2", options)}

@@ -9,7 +9,7 @@ import msgspec
 
 from overland.mobility import messages as m
 from overland.mobility.cold import step
-from overland.model.cluster import VmState
+from overland.model.cluster import Vm, VmState, moved_disks
 from overland.model.handover import (
     COLD_LEGAL,
     ENDED,
@@ -17,6 +17,7 @@ from overland.model.handover import (
     Marking,
     Memory,
     Phase,
+    has_state,
     is_up,
     marking,
 )
@@ -27,9 +28,9 @@ SAVED = Memory(total_bytes=9, remaining_bytes=9)
 STEPS = 2000
 
 
-def cold(state: VmState = "running") -> Handover:
+def cold(state: VmState = "running", vm: Vm = VM) -> Handover:
     """A cold move as the authority journals it first; of a VM at rest nobody else has to hear."""
-    vm = msgspec.structs.replace(VM, state=state)
+    vm = msgspec.structs.replace(vm, state=state)
     peers = (PEER,) if is_up(vm) else ()
     return msgspec.structs.replace(planned(), mode="cold", vm=vm, peers=peers, ends_as=state)
 
@@ -89,7 +90,8 @@ class ColdConversation:
     """One cold move with NVEs that do at once what they are told, and hear pushes in order.
 
     `fail` names (NVE, order) pairs that fail once. `copies`: where the VM runs; `states`: where its
-    saved state is; `kernels`: which marking each NVE has.
+    saved state is; `images`: where those of its disks are that go along; `kernels`: which marking
+    each NVE has.
     """
 
     record: Handover = field(default_factory=cold)
@@ -100,10 +102,12 @@ class ColdConversation:
     transcript: list[str] = field(default_factory=list)
     copies: set[str] = field(default_factory=set)
     states: set[str] = field(default_factory=set)
+    images: set[str] = field(default_factory=set)
     kernels: dict[str, Marking] = field(default_factory=dict)
     now_s: float = 0.0
 
     def __post_init__(self) -> None:
+        self.images = {OLD} if moved_disks(self.record.vm) else set()
         if is_up(self.record.vm):
             self.copies = {OLD}
         elif self.record.vm.state == "suspended":
@@ -183,9 +187,13 @@ class ColdConversation:
                 stopped = m.Stopped(move="m1", nve=nve, held_ns=0, stop_ns=20, memory=SAVED)
                 self._say(stopped)
             case m.TakeState():
-                self._say(m.Prepared(move="m1", nve=nve, uri="state:x"))
-            case m.GiveState():
-                self.states.add(NEW)
+                uri = "state:x" if has_state(order.vm) else ""
+                disks = "state:y" if self.images else ""
+                self._say(m.Prepared(move="m1", nve=nve, uri=uri, disks_uri=disks))
+            case m.GiveState(uri=uri, disks_uri=disks):
+                assert not self.copies, "the VM is stopped, and writes no disk"
+                self.states |= {NEW} if uri else set()
+                self.images |= {NEW} if disks else set()
                 self._say(m.Received(move="m1", nve=nve, at_ns=30))
             case m.WakeUp():
                 if is_up(order.vm):
@@ -198,9 +206,11 @@ class ColdConversation:
                 self._say(m.Restored(move="m1", nve=nve))
             case m.DropCopy():
                 self.states.discard(nve)
+                self.images.discard(nve)
                 self._say(m.GivenBack(move="m1", nve=nve))
             case m.DropState():
                 self.states.discard(nve)
+                self.images.discard(nve)
                 self._say(m.Closed(move="m1", nve=nve))
             case m.Count():
                 self._say(m.Closed(move="m1", nve=nve))

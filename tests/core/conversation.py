@@ -14,8 +14,8 @@ from overland.mobility import messages as m
 from overland.mobility import new_nve, old_nve, peer_nve
 from overland.mobility.coordinator import step
 from overland.mobility.nve import Part, PartStep
-from overland.model.handover import ENDED, Handover, Transfer
-from tests.core.moves import CHECKPOINT, NEW, OLD, PEER, PORT, VM, planned
+from overland.model.handover import ENDED, Handover, Storage, Transfer
+from tests.core.moves import CHECKPOINT, NEW, OLD, PEER, PORT, planned
 
 MACHINES = {"old": old_nve, "new": new_nve, "peer": peer_nve}
 ROLES = {OLD: "old", NEW: "new", PEER: "peer"}
@@ -84,7 +84,7 @@ class Conversation:
     def _nve(self, nve: str, event: m.NveEvent) -> None:
         if isinstance(event, m.PrepareNew | m.PrepareOld | m.PreparePeer):
             role = ROLES[nve]
-            vm = None if role == "peer" else VM
+            vm = None if isinstance(event, m.PreparePeer) else event.vm
             part = Part(move="m1", nve=nve, role=role, vm=vm, ports=(PORT,))  # type: ignore[arg-type]
             if not isinstance(event, m.PreparePeer):
                 part = msgspec.structs.replace(part, options=event.options)
@@ -135,6 +135,9 @@ class Conversation:
             number = self.parts[nve].checkpoints
             taken = msgspec.structs.replace(CHECKPOINT, at_ns=CHECKPOINT.at_ns + number)
             self._nve(nve, m.CheckpointSeen(checkpoint=taken))
+            return
+        if isinstance(effect, m.WatchMirror):
+            self._nve(nve, m.MirrorSeen(storage=Storage(total_bytes=9, sent_bytes=9, ready=True)))
             return
         if isinstance(effect, m.AwaitCopy) and OLD in self.running:
             if self.parts[nve].stage == "awaiting":

@@ -8,7 +8,7 @@ import msgspec
 
 from overland.mobility import messages as m
 from overland.mobility.coordinator import step
-from overland.model.cluster import Interface, Vm
+from overland.model.cluster import Disk, Interface, Vm
 from overland.model.handover import (
     Checkpoint,
     Handover,
@@ -42,12 +42,15 @@ VM = Vm(
     interfaces=(Interface(network="blue", mac=PORT.mac, ipv4=PORT.ipv4),),
 )
 
+WITH_DISK = msgspec.structs.replace(VM, disks=(Disk(path="data", kind="moved", size_bytes=100),))
+"""The same with a disk that goes along."""
 
-def planned() -> Handover:
+
+def planned(vm: Vm = VM) -> Handover:
     """A move as the authority journals it first."""
     return Handover(
         id="m1",
-        vm=VM,
+        vm=vm,
         old_nve=OLD,
         new_nve=NEW,
         peers=(PEER,),

@@ -9,9 +9,9 @@ import msgspec
 
 from overland.mobility import messages as m
 from overland.mobility.nve import Part, PartStep, Stage
-from overland.model.handover import Options, Transfer
+from overland.model.handover import Options, Storage, Transfer
 from tests.core.conversation import MACHINES
-from tests.core.moves import CHECKPOINT, NEW, OLD, PEER, PORT, VM
+from tests.core.moves import CHECKPOINT, NEW, OLD, PEER, PORT, VM, WITH_DISK
 
 Role = Literal["old", "new", "peer"]
 NAMES: dict[Role, str] = {"old": OLD, "new": NEW, "peer": PEER}
@@ -21,8 +21,11 @@ CONVERGED = m.TransferSeen(transfer=Transfer(status="active", passes=2, bandwidt
 TORN = m.TransferSeen(transfer=Transfer(status="failed", error="torn"))
 
 SEEN = m.CheckpointSeen(checkpoint=CHECKPOINT)
+COPYING = m.MirrorSeen(storage=Storage(total_bytes=100, sent_bytes=50))
+COPIED = m.MirrorSeen(storage=Storage(total_bytes=100, sent_bytes=100, ready=True))
 
 SEND = m.Send(move="m1", uri="tcp:x:1", keep_uri="checkpoint:x|1|00")
+SEND_DISKS = m.Send(move="m1", uri="tcp:x:1", disks_uri="nbd://x:2")
 STEER = m.Steer(move="m1")
 BACK = m.Steer(move="m1", back=True)
 ACTIVATE = m.Activate(move="m1", version=2)
@@ -37,6 +40,7 @@ ORDERS: dict[str, m.AnyOrder] = {
     "PrepareOld": m.PrepareOld(move="m1", vm=VM, version=1, ports=(PORT,), options=Options()),
     "PreparePeer": m.PreparePeer(move="m1", version=1, ports=(PORT,)),
     "Send": SEND,
+    "Send with disks": SEND_DISKS,
     "Force": m.Force(move="m1"),
     "Steer": STEER,
     "Steer back": BACK,
@@ -55,12 +59,14 @@ EFFECTS: dict[Role, tuple[str, ...]] = {
         *("TakeCheckpoint", "AwaitInterval"),
         *("HoldPorts", "AwaitDrained", "FinishSend", "ReleaseInto", "AwaitStop", "TakeDigest"),
         *("MuteBroadcast", "CancelSend", "SteerHere", "ResumeVm", "CleanUp", "StopCopy"),
+        *("BeginMirror", "WatchMirror", "EndMirror", "SendRest", "RemoveDisks"),
     ),
     "new": (
         *("DropStale", "Forget", "ArmPorts", "QuietPorts", "MakeTunnel", "ArmPeers"),
         *("KeepCheckpoints", "RefuseCheckpoints"),
         *("ReceiveCopy", "OpenPorts", "AwaitCopy", "SteerHere", "TakeDigest", "Unmute"),
         *("ResumeVm", "Announce", "HoldPorts", "ReleaseInto", "CleanUp", "StopCopy"),
+        *("OfferDisks", "WithdrawDisks", "KeepDisks"),
     ),
     "peer": ("Forget", "ArmPeers", "ProvePath", "SteerHere", "CleanUp"),
 }
@@ -77,6 +83,7 @@ def every_event(role: Role) -> dict[str, m.NveEvent]:
     events |= {"TransferSeen going on": GOING_ON, "TransferSeen converged": CONVERGED}
     events |= {"TransferSeen failed": TORN}
     events["CheckpointSeen"] = SEEN
+    events |= {"MirrorSeen going on": COPYING, "MirrorSeen ready": COPIED}
     for effect in EFFECTS[role]:
         # Another result than on the way here, so that a result that is written again is seen.
         events[f"Done: {effect}"] = done(effect, 26)
@@ -164,12 +171,13 @@ def step(part: Part, event: m.NveEvent) -> PartStep:
 
 
 def _unsaid(effects: tuple[m.Do, ...]) -> tuple[m.Do, ...]:
-    return tuple(effect for effect in effects if not isinstance(effect, m.Say | m.WatchTransfer))
+    watches = m.Say | m.WatchTransfer | m.WatchMirror
+    return tuple(effect for effect in effects if not isinstance(effect, watches))
 
 
-def begun(role: Role, checkpoints: int = 0) -> Underway:
-    """The part as its NVE begins it."""
-    vm = None if role == "peer" else VM
+def begun(role: Role, checkpoints: int = 0, *, disks: bool = False) -> Underway:
+    """The part as its NVE begins it; with `disks` one goes along."""
+    vm = None if role == "peer" else WITH_DISK if disks else VM
     # With a limit of the operator's, so that the old NVE has a pace to change.
     options = Options(bandwidth_bytes_per_s=1 << 30, checkpoints=checkpoints)
     part = Part(move="m1", nve=NAMES[role], role=role, vm=vm, ports=(PORT,), options=options)
@@ -178,9 +186,10 @@ def begun(role: Role, checkpoints: int = 0) -> Underway:
 
 
 def old_ways() -> dict[str, Underway]:
-    """The old NVE by column. `ring left`: the VM did not empty its ring, and stands."""
+    """The old NVE by column. `ring left`: the VM did not empty its ring, and stands. `disks`: some
+    go along."""
     armed = begun("old").until("armed")
-    mirroring = begun("old", checkpoints=2).until("armed").hears(SEND)
+    checkpointing = begun("old", checkpoints=2).until("armed").hears(SEND)
     sending = armed.hears(SEND)
     stopping = sending.does("BeginSend").hears(CONVERGED)
     flowing = stopping.does("HoldPorts", "AwaitDrained", "FinishSend", "ReleaseInto")
@@ -190,17 +199,24 @@ def old_ways() -> dict[str, Underway]:
     retired = stopped.hears(RETIRE)
     returning = stopped.hears(RESTORE)
     closing = returning.until("returned").hears(CLOSE)
+    mirroring = begun("old", disks=True).until("armed").hears(SEND_DISKS)
+    sending_too = mirroring.does("BeginMirror").hears(COPIED)
+    stopping_too = sending_too.does("BeginSend").hears(CONVERGED)
     return {
         "arming": begun("old"),
         "armed": armed,
-        "checkpointing": mirroring,
-        "resting": mirroring.hears(SEEN),
+        "checkpointing": checkpointing,
+        "resting": checkpointing.hears(SEEN),
+        "mirroring, disks": mirroring,
         "sending": sending,
+        "sending, disks": sending_too,
         "stopping": stopping,
         "stopping, flowing": flowing,
         "stopping, ring left": ring_left,
+        "stopping, disks": stopping_too,
         "stopped": stopped,
         "stopped, retired": retired,
+        "stopped, retired, disks": stopping_too.until("stopped").hears(RETIRE),
         "returning": returning,
         "returned": returning.until("returned"),
         "closing": closing,
@@ -210,7 +226,8 @@ def old_ways() -> dict[str, Underway]:
 
 
 def new_ways() -> dict[str, Underway]:
-    """The new NVE by column. `failed`: its VM died before the commit; `crashed`: after it."""
+    """The new NVE by column. `failed`: its VM died before the commit; `crashed`: after it. `disks`:
+    some come along."""
     awaiting = begun("new").until("awaiting")
     steered = awaiting.hears(STEER)
     whole = steered.until("whole").does("SteerHere")
@@ -218,13 +235,19 @@ def new_ways() -> dict[str, Underway]:
     returning = whole.hears(GIVE_BACK)
     warm = begun("new", checkpoints=2).until("awaiting")
     died = m.Broken(effect="vm", why="died")
+    awaiting_too = begun("new", disks=True).until("awaiting")
+    whole_too = awaiting_too.hears(STEER).until("whole")
     return {
         "arming": begun("new"),
+        "arming, disks": begun("new", disks=True),
         "awaiting": awaiting,
         "awaiting, warm": warm,
+        "awaiting, disks": awaiting_too,
         "whole": whole,
+        "whole, disks": whole_too,
         "whole, failed": whole.hears(died),
         "activating": activating,
+        "activating, disks": whole_too.hears(ACTIVATE),
         "active": activating.until("active"),
         "active, crashed": activating.hears(died),
         "returning": returning,

@@ -33,7 +33,7 @@ from tests.core.cold_moves import (
     has,
     in_phase,
 )
-from tests.core.moves import NEW, OLD, PEER, every_event
+from tests.core.moves import NEW, OLD, PEER, WITH_DISK, every_event
 from tests.core.tables import SPEC, Table, check_table
 from tests.core.test_conversation import golden
 
@@ -191,6 +191,42 @@ def test_a_vm_ends_as_it_was(state: VmState) -> None:
     assert (talk.record.outcome, talk.record.ends_as) == ("moved", state)
     assert talk.copies == ({NEW} if state in UP else set())
     assert talk.states == ({NEW} if state == "suspended" else set())
+
+
+@pytest.mark.req("R-34")
+@pytest.mark.req("R-56")
+@pytest.mark.parametrize("state", STATES)
+def test_disks_go_along_with_a_vm_in_any_state(state: VmState) -> None:
+    talk = ColdConversation(record=cold(state, WITH_DISK))
+    talk.play()
+    assert (talk.record.outcome, talk.record.ends_as) == ("moved", state)
+    assert talk.copies == ({NEW} if state in UP else set())
+    assert talk.images == {NEW}
+
+
+@pytest.mark.req("R-53")
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize(("nve", "order"), [(NEW, "TakeState"), (OLD, "GiveState")])
+def test_disks_that_are_not_carried_stay_where_they_are(
+    nve: str, order: str, state: VmState
+) -> None:
+    talk = ColdConversation(record=cold(state, WITH_DISK), fail={(nve, order)})
+    talk.play()
+    assert talk.record.outcome == "aborted"
+    assert talk.images == {OLD}
+
+
+@pytest.mark.req("R-53")
+@pytest.mark.parametrize(
+    ("phase", "at"), [("paused", {OLD}), ("equal", {OLD}), ("committed", {NEW}), ("drained", {NEW})]
+)
+@pytest.mark.parametrize("state", ["running", "shutdown"])
+def test_disks_have_one_place_whenever_the_nva_is_killed(
+    state: VmState, phase: str, at: set[str]
+) -> None:
+    talk = ColdConversation(record=cold(state, WITH_DISK))
+    talk.play(restart_in=phase)
+    assert talk.images == at
 
 
 BEFORE_COMMIT = [(NEW, "Associate"), (OLD, "Suspend"), (NEW, "TakeState"), (OLD, "GiveState")]

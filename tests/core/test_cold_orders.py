@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from overland.mobility import messages as m
-from overland.model.cluster import Network, Vm
+from overland.model.cluster import Disk, Network, Vm, VmState, moved_disks
 from overland.model.names import router_name
 from overland.model.nve import InTransit, NveIntent
 from overland.model.ticket import Seal, Ticket, ticket_of
@@ -18,12 +18,38 @@ from overland.nva.cluster import Cluster
 from overland.nva.mapping import VnView
 from overland.nve.cold import ColdMoves, ColdSteps, may_be_last
 from overland.nve.render import render
-from overland.ports import Hypervisor, HypervisorFailure
+from overland.ports import Hypervisor, HypervisorFailure, Images
 from tests.core.cold_moves import after, cold
-from tests.core.moves import NEW, OLD, PORT, VM
+from tests.core.moves import NEW, OLD, PORT, VM, WITH_DISK
 from tests.core.test_mapping import BLUE, cluster
 
 SEAL = Seal(ticket=b"", signature=b"", certificate=b"")
+
+
+class FakeImages:
+    """Images of a host: `own` are VMs' own, `brought` by a move and nobody's yet; by path."""
+
+    def __init__(self) -> None:
+        self.own: set[str] = set()
+        self.brought: dict[str, set[str]] = {}
+
+    async def take(self, move: str, disks: tuple[Disk, ...], listen: str) -> list[str]:
+        self.brought[move] = {disk.path for disk in disks}
+        return [f"state:{listen}|{disk.path}" for disk in disks]
+
+    async def give(self, disk: Disk, uri: str) -> int:
+        assert disk.path in self.own
+        assert uri.endswith(disk.path)
+        return 64
+
+    async def keep_taken(self, move: str, disks: tuple[Disk, ...]) -> None:
+        self.own |= self.brought.pop(move, set())
+
+    async def drop_taken(self, move: str, disks: tuple[Disk, ...]) -> None:
+        self.brought.pop(move, None)
+
+    def remove(self, disks: tuple[Disk, ...]) -> None:
+        self.own -= {disk.path for disk in disks}
 
 
 class FakeHost:
@@ -37,6 +63,7 @@ class FakeHost:
         self.said: asyncio.Queue[m.AnyReport] = asyncio.Queue()
         self.seen: dict[str, str | None] = {}
         self.dropped = {"ovt1": 3, PORT.device: 2}
+        self.images = FakeImages()
 
     async def ready(self, port: str) -> None:
         assert port == PORT.port
@@ -94,8 +121,10 @@ class FakeHost:
 
 def moves(host: FakeHost, nve: str = NEW, ticket: Ticket | str = "forged") -> ColdMoves:
     hypervisor = cast("Hypervisor", host)
-    seen = host.seen.__setitem__
-    steps = ColdSteps(nve, "192.0.2.2", hypervisor, host, lambda _: ticket, seen, time.time_ns)
+    seen, images = host.seen.__setitem__, cast("Images", host.images)
+    steps = ColdSteps(
+        nve, "192.0.2.2", hypervisor, images, host, lambda _: ticket, seen, time.time_ns
+    )
     return ColdMoves(steps, host.said.put_nowait)
 
 
@@ -260,3 +289,45 @@ def test_in_a_routed_network_the_router_is_where_tenants_enter() -> None:
     for host in ("h1", "h2"):
         assert router_name(42) in in_transit(now, host, routed)
         assert router_name(42) not in in_transit(now, host, BLUE)
+
+
+@pytest.mark.req("R-34")
+@pytest.mark.req("R-56")
+@pytest.mark.parametrize("state", ["running", "suspended", "shutdown"])
+async def test_disks_that_go_along_are_carried_beside_the_state(state: VmState) -> None:
+    """Removed at the old host at the end only; each order may be repeated."""
+    vm = msgspec.structs.replace(WITH_DISK, state=state)
+    paths = {disk.path for disk in moved_disks(vm)}
+    old, new = FakeHost(), FakeHost()
+    old.files, old.images.own = {"web"}, set(paths)
+    old.giving.set()
+    at_old, at_new = moves(old, OLD, ticket()), moves(new, NEW, ticket())
+    for _ in range(2):
+        taking = await answer(new, at_new, order(m.TakeState, vm))
+        assert isinstance(taking, m.Prepared)
+        assert bool(taking.uri) == (state != "shutdown")
+        uris = {"uri": taking.uri, "disks_uri": taking.disks_uri}
+        given = await answer(old, at_old, order(m.GiveState, vm, **uris))
+        assert isinstance(given, m.Received)
+        assert given.storage.sent_bytes == 64 * len(paths)
+    for _ in range(2):
+        woken = await answer(new, at_new, order(m.WakeUp, vm, version=2, seal=SEAL))
+        assert isinstance(woken, m.Running)
+    assert (old.images.own, new.images.own) == (paths, paths)
+    assert new.here == ("running" if state == "running" else None)
+    for _ in range(2):
+        dropped = await answer(old, at_old, order(m.DropState, vm, version=2, seal=SEAL))
+        assert isinstance(dropped, m.Closed)
+    assert old.images.own == set()
+
+
+async def test_a_move_that_turns_back_drops_what_it_took() -> None:
+    """Count drops nothing: after the commit it may be all that there is of the VM (HO-52)."""
+    new = FakeHost()
+    at_new = moves(new)
+    await answer(new, at_new, order(m.TakeState, WITH_DISK))
+    assert isinstance(await answer(new, at_new, order(m.Count, WITH_DISK)), m.Closed)
+    assert (new.images.brought, new.files) == ({"m1": {"data"}}, {"m1"})
+    for _ in range(2):
+        assert isinstance(await answer(new, at_new, order(m.DropCopy, WITH_DISK)), m.GivenBack)
+        assert (new.images.own, new.images.brought, new.files) == (set(), {}, set())

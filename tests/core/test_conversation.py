@@ -10,7 +10,7 @@ import pytest
 
 from overland.model.handover import Handover, Options
 from tests.core.conversation import Conversation
-from tests.core.moves import NEW, OLD, PEER, planned, warm
+from tests.core.moves import NEW, OLD, PEER, WITH_DISK, planned, warm
 from tests.core.parts import EFFECTS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -71,6 +71,48 @@ def test_no_way_of_a_move_needs_two_running_copies(abort_in: str | None) -> None
     talk = Conversation()
     talk.play(abort_in=abort_in)
     assert talk.running == {NEW if abort_in is None else OLD}
+
+
+@pytest.mark.req("R-56")
+def test_a_disk_that_goes_along_is_equal_before_the_copy_is_whole() -> None:
+    talk = Conversation(record=planned(WITH_DISK))
+    transcript = talk.play()
+    golden("hot_move_with_disk", transcript)
+    assert talk.record.outcome == "moved"
+    order = [
+        f"{OLD}: AwaitStop",
+        f"{OLD}: EndMirror",
+        f"{OLD}: SendRest",
+        f"{NEW}: WithdrawDisks",
+        f"{NEW} -> nva: Received",
+        "nva: compare-and-set",
+        f"{NEW}: KeepDisks",
+        f"{NEW}: ResumeVm",
+        f"{OLD}: RemoveDisks",
+    ]
+    assert [line for line in transcript if line in order] == order
+
+
+WITH_DISK_BEFORE_COMMIT = [
+    (NEW, "OfferDisks"),
+    (NEW, "WithdrawDisks"),
+    (OLD, "BeginMirror"),
+    (OLD, "EndMirror"),
+    (OLD, "SendRest"),
+]
+
+
+@pytest.mark.req("R-53")
+@pytest.mark.parametrize(("nve", "effect"), WITH_DISK_BEFORE_COMMIT)
+def test_a_disk_that_cannot_go_along_stays_with_its_vm(nve: str, effect: str) -> None:
+    talk = Conversation(record=planned(WITH_DISK), fail={(nve, effect)})
+    transcript = talk.play()
+    assert talk.record.outcome == "aborted"
+    assert f"{nve}: {effect}: injected" in (talk.record.reason or "")
+    assert talk.running == {OLD}
+    assert f"{OLD}: RemoveDisks" not in transcript
+    assert f"{NEW}: KeepDisks" not in transcript
+    assert all(part.stage == "closed" for part in talk.parts.values())
 
 
 def test_an_abort_after_the_stop_brings_the_vm_and_its_frames_home() -> None:

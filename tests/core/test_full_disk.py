@@ -58,7 +58,7 @@ class Anything:
         async def done(*_: object, **__: object) -> Any:
             return GateCounters() if name == "count_port" else 0
 
-        return (lambda _: None) if name == "moving" else done
+        return (lambda _: None) if name in ("moving", "drop") else done
 
 
 class Ground(Anything):
@@ -75,7 +75,10 @@ def handovers(
     journal: PartJournal, copy: Copy, said: list[m.AnyReport], on: Anything | None = None
 ) -> Handovers:
     path, ground = cast("Any", Anything()), cast("Any", on or Anything())
-    return Handovers(NEW, cast("Any", copy), path, ground, said.append, 10, journal, lambda _: "")
+    return Handovers(
+        *(NEW, cast("Any", copy), path, path, ground),
+        *(said.append, 10, journal, lambda _: ""),
+    )
 
 
 @pytest.mark.req("R-14")

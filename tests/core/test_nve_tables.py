@@ -30,7 +30,12 @@ from tests.core.tables import Table, check_table
 ROLES: tuple[Role, ...] = ("old", "new", "peer")
 
 FOR: dict[Role, frozenset[str]] = {
-    "old": frozenset({"Send", "Force", "Digest", "Retire", "Restore", "Close", "Close and keep"}),
+    "old": frozenset(
+        {
+            *("Send", "Send with disks", "Force", "Digest", "Retire", "Restore"),
+            *("Close", "Close and keep"),
+        }
+    ),
     "new": frozenset({"Steer", "Digest", "Activate", "GiveBack", "Close", "Close and keep"}),
     "peer": frozenset({"Steer", "Steer back", "Close", "Close and keep"}),
 }
@@ -116,7 +121,7 @@ def test_every_cell_of_the_specified_table_is_what_the_code_does(role: Role) -> 
 def test_every_effect_of_a_role_has_its_row(role: Role) -> None:
     wanted = {type(effect).__name__ for effect in begun(role, checkpoints=1).effects}
     for _, way, _, event in cells(role):
-        wanted |= wants(step(way.part, event)[1])
+        wanted |= wants(way.effects) | wants(step(way.part, event)[1])
     assert wanted == set(EFFECTS[role])
 
 
@@ -151,7 +156,11 @@ def test_a_closed_part_stays_closed_and_wants_nothing_done(role: Role) -> None:
 @pytest.mark.req("R-46")
 def test_a_retired_old_nve_has_no_way_back() -> None:
     retired = [each for each in cells("old") if each[1].part.retired]
-    assert {column for column, *_ in retired} == {"stopped, retired", "closing, retired"}
+    assert {column for column, *_ in retired} == {
+        "stopped, retired",
+        "stopped, retired, disks",
+        "closing, retired",
+    }
     for _, way, _, event in retired:
         after, effects = step(way.part, event)
         assert "ResumeVm" not in wants(effects)

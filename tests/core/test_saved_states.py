@@ -16,6 +16,7 @@ import pytest
 from qemu.qmp import QMPClient
 
 from overland.hypervisor import qemu as qemu_adapter
+from overland.hypervisor.images import Images
 from overland.hypervisor.qemu import QemuHypervisor, TapSource, _Machine
 from overland.ports import HypervisorFailure
 from tests.core.moves import VM
@@ -32,7 +33,9 @@ class FakeQemu:
         self.asked: list[str] = []
         self.machine: _Machine
 
-    async def execute(self, command: str, _arguments: Any = None) -> Any:
+    async def execute(self, command: str, _arguments: Any = None, *, oob: bool = False) -> Any:
+        if oob or command in ("query-jobs", "query-named-block-nodes"):
+            return []  # it has no disks
         self.asked.append(command)
         if command == "stop":
             self.status, self.machine.stopped_ns = "paused", 20
@@ -40,7 +43,13 @@ class FakeQemu:
             self.status, self.machine.resumed_ns = "running", 30
         if command == "migrate":
             self.machine.migration = "failed"
-        return {"status": self.status} if command == "query-status" else {}
+        status = {"query-status": self.status, "query-migrate": self.machine.migration}
+        return {"status": status[command]} if status.get(command) else {}
+
+    async def loaded(self) -> None:
+        async with self.machine.changed:
+            self.machine.migration = "completed"
+            self.machine.changed.notify_all()
 
     async def disconnect(self) -> None: ...
 
@@ -49,7 +58,8 @@ class FakeQemu:
 def host(tmp_path: Path) -> QemuHypervisor:
     for folder in ("suspended", "taken", "web"):
         (tmp_path / folder).mkdir()
-    return QemuHypervisor(tmp_path, cast("TapSource", None))
+    images = Images(tmp_path / "disks", tmp_path / "images")
+    return QemuHypervisor(tmp_path, cast("TapSource", None), images, tmp_path / "tls")
 
 
 @pytest.fixture
@@ -78,6 +88,14 @@ async def test_a_state_that_is_nowhere_is_not_kept(host: QemuHypervisor, tmp_pat
     for _ in range(2):
         await host.keep_state("web", "m1")
         assert await host.saved_bytes("web") == 5
+
+
+async def test_a_state_that_is_on_its_way_is_told_of(host: QemuHypervisor) -> None:
+    """HO-43: the move may have ended without us, and its giver may go on."""
+    await host.take_state("m1", "127.0.0.1")
+    assert host.taken() == ["m1"]
+    await host.drop_taken("m1")
+    assert host.taken() == []
 
 
 @pytest.mark.req("R-48")
@@ -118,6 +136,23 @@ async def test_a_vm_that_cannot_be_saved_is_as_it_was(
     with pytest.raises(HypervisorFailure, match="could not be saved"):
         await host.suspend("web")
     assert qemu.status == status
+
+
+@pytest.mark.req("R-14")
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_process_that_a_killed_daemon_left_gets_its_state(
+    host: QemuHypervisor, process: int, tmp_path: Path, *, begun: bool
+) -> None:
+    """It was killed before, or after, it could tell QEMU to load; twice is once too often."""
+    (tmp_path / "suspended" / "web").write_bytes(b"state")
+    qemu = runs(host, process, "inmigrate", "active" if begun else "")
+    waking = asyncio.create_task(host.wake(VM, []))
+    await until(lambda: ("query-migrate" if begun else "migrate-incoming") in qemu.asked)
+    await qemu.loaded()
+    async with asyncio.timeout(5):
+        await waking
+    assert qemu.asked.count("migrate-incoming") == (not begun)
+    assert qemu.status == "running"
 
 
 async def test_a_state_that_does_not_wake_is_no_crash(

@@ -78,8 +78,36 @@ async def test_a_taker_that_is_gone_is_a_failure(tmp_path: Path) -> None:
     here.write_bytes(b"state")
     uri = await Taker().take(tmp_path / "there" / "web", "127.0.0.1")
     await give(here, uri)
-    with pytest.raises(HypervisorFailure, match="state not"):
+    with pytest.raises(HypervisorFailure, match="here not"):
         await give(here, uri)
+
+
+@pytest.mark.req("R-55")
+async def test_one_that_cannot_write_says_why_before_all_is_sent(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there" / "web"
+    here.write_bytes(bytes(64 << 20))
+    uri = await Taker().take(there, "127.0.0.1")
+    (there.parent / ".web.part").mkdir()  # in the way of what is not whole yet
+    for _ in range(2):
+        with pytest.raises(
+            HypervisorFailure, match=r"here not kept by 127\.0\.0\.1: Is a directory"
+        ):
+            await give(here, uri)
+
+
+async def test_what_is_no_longer_to_be_given_does_not_arrive(tmp_path: Path) -> None:
+    """The move turned back meanwhile: nobody would remove what came after that."""
+    here, there = tmp_path / "here", tmp_path / "there" / "web"
+    with here.open("wb") as file:
+        file.truncate(8 << 30)
+    taker = Taker()
+    giving = asyncio.create_task(give(here, await taker.take(there, "127.0.0.1")))
+    part = there.with_name(".web.part")
+    await until(part.exists)
+    giving.cancel()
+    await until(lambda: not part.exists())
+    assert not there.exists()
+    await taker.give_up(there)
 
 
 async def test_what_is_given_up_in_the_middle_leaves_nothing(tmp_path: Path) -> None:

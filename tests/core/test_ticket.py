@@ -92,7 +92,7 @@ async def test_without_a_ticket_nothing_changes(
     tickets: list[Ticket | str] = ["there is no ticket", other, good]
     handovers = Handovers(
         part.nve,
-        *(None, None, None),  # type: ignore[arg-type]
+        *(None, None, None, None),  # type: ignore[arg-type]
         said.append,
         100,
         PartJournal(tmp_path),

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from overland.model.cluster import (
     Boot,
+    Disk,
     Endpoint,
     Gateway,
     Interface,
@@ -25,7 +26,7 @@ from overland.model.cluster import (
     Vm,
 )
 from overland.model.forecast import Forecast
-from overland.model.handover import Handover, Options
+from overland.model.handover import DiskChoice, Handover, Options
 from overland.model.receipt import receipt
 from overland.nva.authority import Authority, Blocked
 from overland.ports import StoreFailure
@@ -57,7 +58,9 @@ class Service(Protocol):
         self, name: str, network: str, changes: dict[str, str | None]
     ) -> Vm: ...
 
-    async def cold_blockers(self, name: str, to: str) -> tuple[Refused, ...]: ...
+    async def cold_blockers(
+        self, name: str, to: str, choice: DiskChoice = "declared"
+    ) -> tuple[Refused, ...]: ...
 
     async def forecast(
         self, name: str, to: str, options: Options
@@ -93,6 +96,7 @@ class VmWish(Record, frozen=True, kw_only=True):
     memory_mib: int = 128
     vcpus: int = 1
     boot: Boot = Boot()
+    disks: tuple[Disk, ...] = ()
     dry_run: bool = False
 
 
@@ -272,6 +276,7 @@ def _machines(app: FastAPI, service: Service) -> None:
             memory_mib=wish.memory_mib,
             vcpus=wish.vcpus,
             boot=wish.boot,
+            disks=wish.disks,
         )
         if wish.dry_run:
             return _json(authority.completed(made))
@@ -311,7 +316,7 @@ async def _migrate(service: Service, name: str, wish: MigrateWish) -> JSONRespon
         return _json({"id": await service.migrate(name, wish.to, options, cold=cold)}, 202)
     forecast: Forecast | None = None
     if cold:
-        blockers = await service.cold_blockers(name, wish.to)
+        blockers = await service.cold_blockers(name, wish.to, wish.options.storage)
     else:
         forecast, blockers = await service.forecast(name, wish.to, options)
     return _json({"vm": name, "to": wish.to, "blockers": blockers, "forecast": forecast})

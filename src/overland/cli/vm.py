@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from overland.cli.client import Client, Unreachable
-from overland.cli.options import Api, Output, spec
+from overland.cli.options import Api, Output, disk_spec, spec
 from overland.cli.output import Exit, Failure, Format, done, show
 from overland.cli.timeline import timeline
 from overland.model.names import parse_duration, parse_size
@@ -53,7 +53,14 @@ def create(
     host: Annotated[str, typer.Option(help="where it starts")],
     memory: Annotated[str, typer.Option(help="16MiB or more")] = "128MiB",
     vcpus: Annotated[int, typer.Option(help="virtual processors")] = 1,
-    image: Annotated[str | None, typer.Option(help="disk image on the host")] = None,
+    image: Annotated[str | None, typer.Option(help="the disk to boot from, as in --disk")] = None,
+    disk: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="PATH[,kind=shared|moved|left][,size=1GiB][,format=raw|qcow2]; "
+            "a relative PATH lies in the host's own disk folder"
+        ),
+    ] = None,
     kernel: Annotated[
         str | None, typer.Option(help="kernel on the host, instead of an image")
     ] = None,
@@ -67,7 +74,10 @@ def create(
 
     client = Client(api)
     interfaces = [spec(each) for each in network]
-    boot: dict[str, Any] = {"image": image, "kernel": kernel, "initrd": initrd, "append": append}
+    disks = [disk_spec(image, "--image")] if image else []
+    disks += [disk_spec(each, "--disk") for each in disk or ()]
+    first = disks[0]["path"] if image else None
+    boot: dict[str, Any] = {"image": first, "kernel": kernel, "initrd": initrd, "append": append}
     wish: dict[str, Any] = {
         "name": name,
         "host": host,
@@ -75,6 +85,7 @@ def create(
         "memory_mib": amount(memory, "--memory", parse_size) // 2**20,
         "vcpus": vcpus,
         "boot": boot,
+        "disks": disks,
     }
     if not image and not kernel:
         # The lab's guest is told its addresses on its command line: they are chosen before.
@@ -178,7 +189,18 @@ def migrate(
     bandwidth: Annotated[str | None, typer.Option(help="bytes a second, such as 1GiB")] = None,
     timeout: Annotated[str, typer.Option(help="for the copy of memory")] = "300s",
     timeout_action: Annotated[str, typer.Option(help="abort or pause")] = "abort",
-    verify: Annotated[bool, typer.Option(help="compare memory digests at equality")] = False,
+    with_storage: Annotated[
+        bool, typer.Option("--with-storage", help="all disks go along, whatever is declared")
+    ] = False,
+    shared_storage: Annotated[
+        bool, typer.Option("--shared-storage", help="the new host has all disks already")
+    ] = False,
+    leave_storage: Annotated[
+        bool, typer.Option("--leave-storage", help="all disks stay, reached over the network")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option(help="compare digests of memory and moved disks at equality")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option(help="check only, and list what stands against it")
     ] = False,
@@ -193,6 +215,7 @@ def migrate(
     if timeout_action not in ("abort", "pause"):
         why = f"{timeout_action!r}: use abort or pause"
         raise Failure("--timeout-action", why, "usage", exit_code=Exit.USAGE)
+    choice = _disk_choice(moved=with_storage, shared=shared_storage, left=leave_storage)
     client = Client(api)
     wish = {
         "to": to,
@@ -206,6 +229,7 @@ def migrate(
             "verify": verify,
             "checkpoints": checkpoints if warm else 0,
             "interval_s": amount(interval, "--interval", parse_duration),
+            "storage": choice,
         },
     }
     answer = client.call("POST", f"/v1/vms/{name}/migrate", wish)
@@ -217,6 +241,15 @@ def migrate(
         print(answer["id"]) if output is Format.table else show(answer, output)
     else:
         _finish(_follow(client, answer["id"]), output)
+
+
+def _disk_choice(**kinds: bool) -> str:
+    """What the storage options say of all disks."""
+    chosen = [kind for kind, wanted in kinds.items() if wanted]
+    if len(chosen) > 1:
+        why = "--with-storage, --shared-storage or --leave-storage, not two of them"
+        raise Failure("vm migrate", why, "usage", exit_code=Exit.USAGE)
+    return chosen[0] if chosen else "declared"
 
 
 def _follow(client: Client, move: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import uvicorn
@@ -25,7 +25,7 @@ from overland.config import NvaConfig
 from overland.daemon import run_first
 from overland.dataplane.namespace import inside
 from overland.mobility import saga
-from overland.mobility.coordinator import close_order, keeper, recoverable
+from overland.mobility.coordinator import close_order, recoverable
 from overland.mobility.forecast import forecast, seen_before
 from overland.mobility.messages import (
     Activate,
@@ -41,17 +41,18 @@ from overland.mobility.messages import (
     Retire,
     WakeUp,
 )
-from overland.model.cluster import Gateway, Mapping, Refused, Vm
+from overland.model.cluster import Disk, DiskState, Gateway, Mapping, Refused, Vm
 from overland.model.forecast import Forecast
-from overland.model.handover import ENDED, Handover, Options
+from overland.model.handover import ENDED, DiskChoice, Handover, Options
 from overland.model.receipt import receipt, timestamp
 from overland.model.ticket import ticket_of
-from overland.nva import rules
+from overland.nva import rules, storage
 from overland.nva.authority import Authority, Blocked
 from overland.nva.cluster import AT_REST
 from overland.nva.handovers import (
     RETRY_S,
     Handovers,
+    drop_kept,
     farewells,
     last_orders,
     state_since,
@@ -299,11 +300,12 @@ class Domain:
     async def _forget_kept(self, name: str) -> None:
         """The VM runs, or is gone for good: what another host kept of it is dropped."""
         point = await self.authority.no_recovery(name)
-        if point is not None:
-            action: Literal["stop", "forget"] = "stop" if point.mode == "cold" else "forget"
+        if point is not None and point.mode == "cold":
+            self._tell(point.old_nve, drop_kept(point))
+        elif point is not None:
             vm = self.authority.vm(name)
-            order = w.VmOrder(id=next(self._numbers), action=action, vm=vm)
-            self._wire.send(keeper(point) or "", order)
+            order = w.VmOrder(id=next(self._numbers), action="forget", vm=vm)
+            self._wire.send(point.new_nve, order)
 
     def _compare(self, host: str, copies: dict[str, str], moves: tuple[str, ...]) -> None:
         """What an NVE has against the records: the record's version decides (R-14).
@@ -351,7 +353,7 @@ class Domain:
     async def _asks(
         self,
         host: str,
-        question: w.HostQuestion | w.FilesQuestion | w.VmOrder,
+        question: w.HostQuestion | w.FilesQuestion | w.DisksQuestion | w.VmOrder,
         limit_s: float = ANSWER_LIMIT_S,
     ) -> Any:
         """The answer of NVE `host`; None when there is none in time."""
@@ -389,6 +391,8 @@ class Domain:
                     self._later(self._note_state(name, state, reason))
             case w.HostAnswer(id=number, answers=result) | w.FilesAnswer(id=number, missing=result):
                 self._answered(number, result)
+            case w.DisksAnswer(id=number, states=states):
+                self._answered(number, states)
             case w.Resync() | w.Query():
                 self._asked(host, message)
             case w.Unsupported(why=why):
@@ -541,6 +545,7 @@ class Domain:
 
     async def create_vm(self, wish: Vm) -> Vm:
         """Record it, start it; nothing stays when it cannot start."""
+        await self._stop_if_no_disks(self.authority.completed(wish))
         vm = await self.authority.create_vm(wish)
         try:
             await self._associated(vm)
@@ -618,6 +623,22 @@ class Domain:
             raise Blocked([Refused(code="failed", what=what, why=why, hint=hint)])
         return gateway
 
+    async def _stop_if_no_disks(self, vm: Vm) -> None:
+        if vm.disks:
+            blockers = tuple(storage.start_blockers(vm, await self._disks(vm.host, vm.disks)))
+            if blockers:
+                raise Blocked(blockers)
+
+    async def _disks(self, host: str, disks: tuple[Disk, ...]) -> tuple[DiskState, ...]:
+        """What `host` has of `disks`; Blocked when its NVE does not say."""
+        states = None
+        if host in self._wire.hosts():
+            states = await self._asks(host, w.DisksQuestion(id=next(self._numbers), disks=disks))
+        if states is None:
+            raise Blocked([_refused("host_not_ready", f"host {host}", "its NVE does not answer")])
+        answered: tuple[DiskState, ...] = states
+        return answered
+
     def _stop_if_moving(self, vm: Vm) -> None:
         if vm.move is not None:
             raise Blocked([_refused("move_in_progress", f"vm {vm.name}", "it is moving")])
@@ -631,19 +652,25 @@ class Domain:
 
     # ------------------------------------------------------------ moves
 
-    async def cold_blockers(self, name: str, to: str) -> tuple[Refused, ...]:
+    async def cold_blockers(
+        self, name: str, to: str, choice: DiskChoice = "declared"
+    ) -> tuple[Refused, ...]:
         """What stands against moving a VM cold; its files are looked for on the new host."""
         found = self.authority.move_blockers(name, to, cold=True)
         vm = self.authority.cluster.vms.get(name)
         if found or vm is None:
             return found
-        paths = tuple(filter(None, (vm.boot.image, vm.boot.kernel, vm.boot.initrd)))
+        paths = tuple(filter(None, (vm.boot.kernel, vm.boot.initrd)))
         missing = await self._asks(to, w.FilesQuestion(id=next(self._numbers), paths=paths))
         if missing is None:
             return (_refused("host_not_ready", f"host {to}", "its NVE does not answer"),)
-        return tuple(
-            _refused("file_missing", f"host {to}", f"{path} cannot be read there")
-            for path in missing
+        _, against = await self._with_disks(vm, to, choice)
+        return (
+            *(
+                _refused("file_missing", f"host {to}", f"{path} cannot be read there")
+                for path in missing
+            ),
+            *against,
         )
 
     async def forecast(
@@ -651,9 +678,10 @@ class Domain:
     ) -> tuple[Forecast | None, tuple[Refused, ...]]:
         """What a hot move would cost, and what stands against it; a VM is gauged for a second.
 
+
         No forecast when something stands against it anyway, or its NVE does not answer.
         """
-        blockers = self.authority.live_blockers(name, to, options)
+        blockers = await self.live_blockers(name, to, options)
         if blockers:
             return None, blockers
         vm = self.authority.vm(name)
@@ -670,17 +698,44 @@ class Domain:
 
     async def migrate(self, name: str, to: str, options: Options, *, cold: bool = False) -> str:
         expected: Forecast | None = None
-        blockers: tuple[Refused, ...] = ()
         if cold:
-            blockers = await self.cold_blockers(name, to)
-        elif not self._emulated(name):
+            blockers = await self.cold_blockers(name, to, options.storage)
+        elif self._emulated(name):
+            blockers = await self.live_blockers(name, to, options)
+        else:
             expected, blockers = await self.forecast(name, to, options)
         if blockers:
             raise Blocked(blockers)
+        disks, blockers = await self._with_disks(self.authority.vm(name), to, options.storage)
+        if blockers:
+            raise Blocked(blockers)
         move_id = uuid.uuid4().hex[:12]
-        record = await self.authority.begin_move(move_id, name, to, options, expected, cold=cold)
+        record = await self.authority.begin_move(
+            move_id, name, to, options, expected, cold=cold, disks=disks
+        )
         self.handovers.begin(record)
         return record.id
+
+    async def live_blockers(self, name: str, to: str, options: Options) -> tuple[Refused, ...]:
+        """What stands against moving a running VM; its disks are looked at on both hosts."""
+        found = self.authority.live_blockers(name, to, options)
+        if found:
+            return found
+        return (await self._with_disks(self.authority.vm(name), to, options.storage))[1]
+
+    async def _with_disks(
+        self, vm: Vm, to: str, choice: DiskChoice
+    ) -> tuple[tuple[Disk, ...], tuple[Refused, ...]]:
+        """The disks of `vm` as they move to host `to`, and what stands against it (R-55)."""
+        if not vm.disks:
+            return (), ()
+        there = await self._disks(to, vm.disks)
+        # Of what both hosts share, a host that is gone has nothing to say: the new one sees it.
+        away = vm.host not in self._wire.hosts() and storage.all_shared(vm, choice)
+        here = there if away else await self._disks(vm.host, vm.disks)
+        moving = storage.chosen(vm, choice, here)
+        blockers = storage.move_blockers(self.authority.cluster, moving, to, here, there)
+        return moving.disks, tuple(blockers)
 
     def _emulated(self, name: str) -> bool:
         """Under emulation a copy always ends (ADR 0006): it need not wait to be gauged."""

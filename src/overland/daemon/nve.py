@@ -26,6 +26,8 @@ from overland.dataplane.preflight import blockers, kernel_blockers, underlay_mtu
 from overland.dataplane.reach import answers
 from overland.dataplane.router import Routers
 from overland.dataplane.tap import TapTable
+from overland.hypervisor.images import Images
+from overland.hypervisor.mirror import credentials
 from overland.hypervisor.qemu import QemuHypervisor
 from overland.mobility.messages import (
     AnyOrder,
@@ -68,7 +70,11 @@ class Nve:
         self._routers = Routers(ip, config.namespace_prefix)
         self._gateways = Gateways(ip, config.namespace_prefix)
         self._taps = taps
-        self._hypervisor = QemuHypervisor(Path(config.run_dir), taps, config.qemu)
+        run_dir = Path(config.run_dir)
+        self._images = Images(Path(config.disk_dir or run_dir / "disks"), run_dir / "images")
+        pems = (config.tls.ca, config.tls.certificate, config.tls.key)
+        tls_dir = credentials(run_dir / "tls", *map(Path, pems))
+        self._hypervisor = QemuHypervisor(run_dir, taps, self._images, tls_dir, config.qemu)
         self._agent = Agent(
             LinuxKernel(ip, nft, gates, taps, self._routers, self._gateways, config.hold_frames),
             lambda port: announce(port, injectors.into(port.device, mark=0), taps.fd(port.port)),
@@ -76,17 +82,19 @@ class Nve:
         self._handovers = Handovers(
             config.host,
             self._hypervisor,
+            self._images,
             LinuxHandoverPath(ip, gates, taps, injectors),
             self._agent,
             self._say,
             config.hold_frames,
-            PartJournal(Path(config.run_dir) / "moves"),
+            PartJournal(run_dir / "moves"),
             self._opened,
         )
         cold_steps = ColdSteps(
             config.host,
             config.underlay_ipv4 or config.underlay_ipv6 or "",
             self._hypervisor,
+            self._images,
             self._agent,
             self._opened,
             self._saw,
@@ -155,7 +163,15 @@ class Nve:
             host=self._host,
             known=dict(self._revisions.newest),
             vms=dict(self._states),
-            moves=(*self._handovers.open_moves(), *self._hypervisor.taken()),
+            moves=tuple(
+                sorted(
+                    {
+                        *self._handovers.open_moves(),
+                        *self._hypervisor.taken(),
+                        *self._images.taken(),
+                    }
+                )
+            ),
         )
 
     def _opened(self, seal: Seal | None) -> Ticket | str:
@@ -186,6 +202,8 @@ class Nve:
             case w.FilesQuestion(id=number, paths=paths):
                 missing = tuple(path for path in paths if not os.access(path, os.R_OK))
                 self._link.send(w.FilesAnswer(id=number, missing=missing))
+            case w.DisksQuestion():
+                self._later(self._disks(message))
             case w.Unsupported(why=why):
                 log.warning("NVA does not understand: %s", why)
             case w.Welcome():
@@ -203,6 +221,10 @@ class Nve:
 
     async def _look(self, number: int, address: str) -> None:
         self._link.send(w.HostAnswer(id=number, answers=await answers(address)))
+
+    async def _disks(self, question: w.DisksQuestion) -> None:
+        states = await self._images.look(question.disks)
+        self._link.send(w.DisksAnswer(id=question.id, states=states))
 
     def _later(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from overland.model.cluster import Vm
+from overland.model.cluster import Disk, Vm
 
 RX_QUEUE_FRAMES = 1024
 """The longest receive queue of virtio-net: what the guest cannot take yet waits there."""
+
+FIRST_DISK = 0x8
+"""PCI slot of the first disk; the first network interface has 0x10."""
 
 
 def qemu_command(
@@ -18,10 +23,13 @@ def qemu_command(
     taps: Sequence[int],
     run_dir: Path,
     *,
+    files: Sequence[Mapping[str, Any]],
     firmware: Path | None,
     incoming: bool,
 ) -> list[str]:
     """Return the arguments that start `vm`; `taps` are inherited descriptors, one an interface.
+
+    `files` are QEMU's descriptions of what lies below each disk, in order.
 
     `firmware` is a file to use in place of QEMU's own.
 
@@ -51,6 +59,8 @@ def qemu_command(
     if firmware is not None:
         command += ["-bios", str(firmware)]
     command += _boot(vm)
+    for index, (disk, file) in enumerate(zip(vm.disks, files, strict=True)):
+        command += _disk(index, disk, file, boots=disk.path == vm.boot.image)
     if incoming:
         command += ["-S", "-incoming", "defer"]
     return command
@@ -61,7 +71,19 @@ def _boot(vm: Vm) -> list[str]:
     if boot.kernel:
         initrd = ["-initrd", boot.initrd] if boot.initrd else []
         return ["-kernel", boot.kernel, *initrd, "-append", boot.append]
-    if boot.image:
-        drive = f"if=none,id=disk0,file={boot.image},file.locking=on"
-        return ["-drive", drive, "-device", "virtio-blk-pci,drive=disk0,addr=0x8"]
     return []
+
+
+def disk_node(index: int) -> str:
+    """The name of a disk's block node, and of what is made of it."""
+    return f"disk{index}"
+
+
+def _disk(index: int, disk: Disk, file: Mapping[str, Any], *, boots: bool) -> list[str]:
+    node = {"driver": disk.format, "node-name": disk_node(index), "file": file}
+    if disk.kind == "moved":
+        node |= {"discard": "unmap", "detect-zeroes": "unmap"}  # holes stay holes
+    device = f"virtio-blk-pci,drive={disk_node(index)},id=blk{index},addr={FIRST_DISK + index:#x}"
+    if boots:
+        device += ",bootindex=1"
+    return ["-blockdev", json.dumps(node), "-device", device]

@@ -25,15 +25,17 @@ from typing import Any, Protocol
 import msgspec
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 
+from overland.hypervisor import mirror
 from overland.hypervisor.accel import NOTICE, accelerator
 from overland.hypervisor.channel import Channel
 from overland.hypervisor.checkpoint import Giver, Keeper
-from overland.hypervisor.command import qemu_command
+from overland.hypervisor.command import disk_node, qemu_command
 from overland.hypervisor.countdown import COUNTDOWN_BYTES, long_firmware
+from overland.hypervisor.images import Images
 from overland.hypervisor.statefile import Taker, give
-from overland.model.cluster import Vm
+from overland.model.cluster import Vm, moved_disks
 from overland.model.forecast import Gauge
-from overland.model.handover import Checkpoint, Transfer
+from overland.model.handover import Checkpoint, Storage, Transfer
 from overland.ports import HypervisorFacts, HypervisorFailure, RunState
 
 OLDEST = (7, 2)
@@ -46,6 +48,7 @@ GAUGE_S = 1
 GAUGE_LIMIT_S = 2.5
 _DONE = ("completed", "failed")
 _OVER = (*_DONE, "cancelled")
+_PAUSED = "pre-switchover"
 _SAVING = ".saving-"
 """Before the name of a state that is not whole yet."""
 
@@ -92,6 +95,7 @@ class _Machine:
         self.cancels = 0
         self.ran = False  # when its saving began
         self.wakes = False  # from a state in a file, which is the VM until that is done
+        self.mirror = mirror.Progress()
         self.ended = False
         self.listener = EventListener(_EVENTS)
         self.task: asyncio.Task[None] | None = None
@@ -106,7 +110,17 @@ class _Machine:
 class QemuHypervisor:
     """The VMs of one host. Everything of a VM lies in `run_dir/NAME`."""
 
-    def __init__(self, run_dir: Path, taps: TapSource, binary: str = "qemu-system-x86_64") -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        taps: TapSource,
+        images: Images,
+        tls: Path,
+        binary: str = "qemu-system-x86_64",
+    ) -> None:
+        """`tls`: a folder with our certificate as QEMU wants it (`mirror.credentials`)."""
+        self._images = images
+        self._tls = tls
         self._run_dir = run_dir
         self._taps = taps
         self._binary = binary
@@ -207,11 +221,20 @@ class QemuHypervisor:
     # ------------------------------------------------------------ life
 
     async def start(self, vm: Vm, ports: Sequence[str]) -> None:
-        await self._spawn(vm, ports, incoming=False)
+        self._images.keep(vm.name)
+        try:
+            await self._images.make_missing(vm)
+            await self._spawn(vm, ports, incoming=False)
+        except HypervisorFailure:
+            self._images.drop(vm.name)
+            raise
+        self._images.keep(vm.name)
 
     async def receive(self, vm: Vm, ports: Sequence[str], listen: str) -> str:
+        await self._images.make(vm.name, moved_disks(vm))
         machine = await self._spawn(vm, ports, incoming=True)
-        await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
+        capabilities = _capabilities(waiting=True)
+        await self._do(machine, "migrate-set-capabilities", capabilities=capabilities)
         # Not one frame may leave before the commit, so QEMU announces nothing (HO-13).
         await self._do(machine, "migrate-set-parameters", **{"announce-rounds": 0})
         port = _free_port(listen)
@@ -238,6 +261,7 @@ class QemuHypervisor:
             facts.accelerator,
             fds,
             folder,
+            files=[self._images.file_node(disk) for disk in vm.disks],
             firmware=await self._long_firmware(),
             incoming=incoming,
         )
@@ -341,8 +365,14 @@ class QemuHypervisor:
         return machine
 
     async def _do(self, machine: _Machine, command: str, /, **arguments: Any) -> Any:
+        return await self._execute(machine, command, arguments, oob=False)
+
+    async def _execute(
+        self, machine: _Machine, command: str, arguments: dict[str, Any], *, oob: bool
+    ) -> Any:
+        """With `oob` past whatever QEMU is busy with."""
         try:
-            return await machine.client.execute(command, arguments or None)
+            return await machine.client.execute(command, arguments or None, oob=oob)
         except ExecuteError as error:
             raise HypervisorFailure(f"QEMU of {machine.name}: {command}: {error}") from None
         except (QMPError, EOFError, OSError, asyncio.CancelledError) as error:
@@ -447,9 +477,8 @@ class QemuHypervisor:
             if not state.exists():
                 raise HypervisorFailure(f"VM {vm.name} has no saved state here")
             machine = await self._spawn(vm, ports, incoming=True)
-            machine.wakes = True
-            await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
-            await self._do(machine, "migrate-incoming", uri=f"exec:cat {shlex.quote(str(state))}")
+        if await self.state(vm.name) == "incoming":
+            await self._load(machine, state)
         try:
             at_ns = await self.received(vm.name, SAVE_LIMIT_S)
             if vm.state != "paused":
@@ -459,6 +488,13 @@ class QemuHypervisor:
             raise
         machine.wakes = False
         return at_ns
+
+    async def _load(self, machine: _Machine, state: Path) -> None:
+        """Begin, unless a former daemon has: it may have been killed before it could."""
+        machine.wakes = True
+        if not await self._under_way(machine):
+            await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
+            await self._do(machine, "migrate-incoming", uri=f"exec:cat {shlex.quote(str(state))}")
 
     async def recover(self, vm: Vm, ports: Sequence[str]) -> int:
         at_ns = self._keeper.newest_ns(vm.name)
@@ -511,7 +547,7 @@ class QemuHypervisor:
 
     async def keep_state(self, vm: str, move: str) -> None:
         taken = self._run_dir / "taken" / move
-        await self._taker.close(taken)  # a state that is given twice comes to nobody
+        await self._taker.stop_waiting(taken)  # a state that is given twice comes to nobody
         if taken.exists():
             self._saved(vm).parent.mkdir(exist_ok=True)
             taken.replace(self._saved(vm))
@@ -522,7 +558,7 @@ class QemuHypervisor:
         await self._taker.give_up(self._run_dir / "taken" / move)
 
     def taken(self) -> list[str]:
-        return self._names_in("taken")
+        return sorted({*self._names_in("taken"), *(path.name for path in self._taker.awaited())})
 
     def _names_in(self, folder: str) -> list[str]:
         """Whole files only; what is being written has a name that begins with a dot."""
@@ -582,7 +618,9 @@ class QemuHypervisor:
         machine.stopped_ns = 0
         machine.migration = ""
         machine.passes = 0
-        await self._do(machine, "migrate-set-capabilities", capabilities=_capabilities())
+        pausing = bool(await self._do(machine, "query-jobs"))  # of disks that go along
+        capabilities = _capabilities(pausing=pausing)
+        await self._do(machine, "migrate-set-capabilities", capabilities=capabilities)
         machine.let_go()
         if not await self._single_round():
             parameters = {"downtime-limit": PRECOPY_DOWNTIME_MS, **_bandwidth(bytes_per_s)}
@@ -711,10 +749,15 @@ class QemuHypervisor:
     async def cancel(self, vm: str) -> None:
         machine = self._machine(vm)
         machine.cancels += 1
+        await mirror.cut(self._qmp(machine, oob=True))
         # With a channel of ours it is a move's own transfer. Else the daemon was restarted: ask.
-        if machine.channel is None and await self._mirrors(machine):
+        if machine.channel is None and await self._in_background(machine):
             await self._break_off(machine)
-            return
+        else:
+            await self._cancel_transfer(machine)
+        await mirror.give_up(self._qmp(machine))
+
+    async def _cancel_transfer(self, machine: _Machine) -> None:
         try:
             async with asyncio.timeout(CANCEL_LIMIT_S):
                 await self._do(machine, "migrate_cancel")
@@ -727,10 +770,11 @@ class QemuHypervisor:
         deadline_s = time.monotonic() + STOP_LIMIT_S
         while await self._under_way(machine):
             if time.monotonic() > deadline_s:
-                raise HypervisorFailure(f"QEMU of {vm} does not give up its transfer")
+                raise HypervisorFailure(f"QEMU of {machine.name} does not give up its transfer")
             await asyncio.sleep(0.01)
 
-    async def _mirrors(self, machine: _Machine) -> bool:
+    async def _in_background(self, machine: _Machine) -> bool:
+        """Whether what is sent, or was last, is a checkpoint."""
         try:
             async with asyncio.timeout(CANCEL_LIMIT_S):
                 said = await self._do(machine, "query-migrate-capabilities")
@@ -751,6 +795,42 @@ class QemuHypervisor:
         said = await self._do(machine, "query-migrate")
         return said.get("status", "none") not in ("none", *_OVER)
 
+    # ------------------------------------------------------------ disks that go along
+
+    async def offer_disks(self, vm: Vm, listen: str) -> str:
+        do = self._qmp(self._machine(vm.name))
+        return await mirror.offer(do, _moving(vm), listen, _free_port(listen), self._tls)
+
+    async def withdraw_disks(self, vm: str) -> None:
+        await mirror.withdraw(self._qmp(self._machine(vm)))
+
+    async def begin_mirror(self, vm: Vm, uri: str, bytes_per_s: int) -> None:
+        machine = self._machine(vm.name)
+        machine.mirror = mirror.Progress()
+        await mirror.begin(self._qmp(machine), _moving(vm), uri, bytes_per_s, self._tls)
+
+    async def mirrored(self, vm: str) -> Storage:
+        machine = self._machine(vm)
+        return await machine.mirror.look(self._qmp(machine))
+
+    async def end_mirror(self, vm: str) -> None:
+        machine = self._machine(vm)
+        await self._wait(machine, "pause", lambda: machine.migration == _PAUSED, STOP_LIMIT_S)
+        await mirror.end(self._qmp(machine))
+
+    async def send_rest(self, vm: str) -> None:
+        machine = self._machine(vm)
+        if machine.channel is not None:
+            # A VM that stopped before anybody had said so may: its rest is on no leash either.
+            machine.channel.release()
+        await self._do(machine, "migrate-continue", state="pre-switchover")
+
+    def _qmp(self, machine: _Machine, *, oob: bool = False) -> mirror.Qmp:
+        async def do(command: str, /, **arguments: Any) -> Any:
+            return await self._execute(machine, command, arguments, oob=oob)
+
+        return do
+
     async def close(self) -> None:
         """Let go of every QMP connection; the VMs run on."""
         for machine in list(self._machines.values()):
@@ -760,12 +840,26 @@ class QemuHypervisor:
                 await machine.client.disconnect()
 
 
-def _capabilities(*, background: bool = False) -> list[dict[str, Any]]:
-    """`background`: the state of one instant is sent while the VM runs on, and it stays here."""
-    return [
-        {"capability": "events", "state": True},
-        {"capability": "background-snapshot", "state": background},
-    ]
+def _moving(vm: Vm) -> list[str]:
+    return [disk_node(index) for index, disk in enumerate(vm.disks) if disk.kind == "moved"]
+
+
+def _capabilities(
+    *, waiting: bool = False, pausing: bool = False, background: bool = False
+) -> list[dict[str, Any]]:
+    """What a transfer needs of QEMU; all are said, because a former one may have left others.
+
+    `waiting`: the copy takes the locks of its images when it is made to run, and not when it is
+    whole (HO-29). `pausing`: once the VM is stopped the rest of its memory waits. `background`: the
+    state of one instant is sent while the VM runs on, and it stays here.
+    """
+    wanted = {
+        "events": True,
+        "late-block-activate": waiting,
+        "pause-before-switchover": pausing,
+        "background-snapshot": background,
+    }
+    return [{"capability": name, "state": state} for name, state in wanted.items()]
 
 
 def _bandwidth(bytes_per_s: int) -> dict[str, int]:
@@ -775,7 +869,9 @@ def _bandwidth(bytes_per_s: int) -> dict[str, int]:
 
 def _transfer(said: dict[str, Any]) -> Transfer:
     status = said.get("status", "setup")
-    known = {"setup", "active", "completed", "failed", "cancelled"}
+    if status == _PAUSED:
+        status = "waiting"
+    known = {"setup", "active", "waiting", "completed", "failed", "cancelled"}
     ram = said.get("ram", {})
     page = ram.get("page-size", 4096)
     total = int(ram.get("total", 0))

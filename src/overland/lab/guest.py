@@ -23,7 +23,9 @@ MODULES = (
     "failover",
     "net_failover",
     "virtio_net",
+    "virtio_blk",
 )
+PROGRAMS = ("dirty", "journal")
 
 
 class GuestFailure(Exception):
@@ -98,8 +100,10 @@ def _files(kernel_dir: Path, cache: Path, extra: Mapping[str, Path]) -> Files:
     files: Files = {
         "init": (0o755, (ours / "init").read_bytes()),
         "bin/busybox": (0o755, Path(busybox).read_bytes()),
-        "bin/dirty": (0o755, _compile(ours.joinpath("dirty.c").read_bytes(), cache)),
     }
+    for program in PROGRAMS:
+        code = ours.joinpath(f"{program}.c").read_bytes()
+        files[f"bin/{program}"] = (0o755, _compile(program, code, cache))
     for module in MODULES:
         paths = list(kernel_dir.glob(f"lib/modules/*/kernel/**/{module}.ko"))
         paths += list(kernel_dir.glob(f"usr/lib/modules/*/kernel/**/{module}.ko"))
@@ -110,14 +114,14 @@ def _files(kernel_dir: Path, cache: Path, extra: Mapping[str, Path]) -> Files:
     return files
 
 
-def _compile(code: bytes, cache: Path) -> bytes:
-    out = cache / f"dirty-{hashlib.sha256(code).hexdigest()[:16]}"
+def _compile(program: str, code: bytes, cache: Path) -> bytes:
+    out = cache / f"{program}-{hashlib.sha256(code).hexdigest()[:16]}"
     if not out.exists():
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            part = Path(folder) / "dirty.c"
+            part = Path(folder) / f"{program}.c"
             part.write_bytes(code)
-            _run("gcc", "-O2", "-static", "-o", f"{folder}/dirty", str(part))
-            Path(folder, "dirty").rename(out)
+            _run("gcc", "-O2", "-static", "-o", f"{folder}/{program}", str(part))
+            Path(folder, program).rename(out)
     return out.read_bytes()
 
 

@@ -128,6 +128,7 @@ def nve_config(lab: Topology, host: LabHost) -> Path:
         f'underlay_ipv4 = "{host.underlay_ipv4}"\nunderlay_ipv6 = "{host.underlay_ipv6}"\n'
         f'run_dir = "{lab.folder}/run/{host.name}"\n'
         f'namespace_prefix = "{host.namespace}"\n'
+        f'disk_dir = "{lab.folder}/run/{host.name}/disks"\n'
         f"memory_mib = 8192\n{_tls_section(lab.folder / 'certs', host.name)}"
     )
     return path

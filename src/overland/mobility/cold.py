@@ -66,8 +66,8 @@ from overland.mobility.saga import (
     merge,
     names,
 )
-from overland.model.cluster import VmState
-from overland.model.handover import ENDED, Acknowledgement, Handover, committed, is_up
+from overland.model.cluster import VmState, moved_disks
+from overland.model.handover import ENDED, Acknowledgement, Handover, committed, has_state, is_up
 
 WAKE_LIMIT_S = 30.0
 """After so long without a word from the new NVE the outcome is unknown, and it is asked again."""
@@ -87,14 +87,14 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             return _start(record, now_s, now_ns)
         case Back(nve=nve):
             return _back(record, nve)
-        case Prepared(nve=nve, uri=uri):
-            return _prepared(record, nve, uri, now_s, now_ns)
+        case Prepared():
+            return _prepared(record, event, now_s, now_ns)
         case Acknowledged():
             return _acknowledged(record, event, now_s, now_ns)
         case Stopped():
             return _stopped(record, event)
-        case Received(at_ns=at_ns):
-            return _received(record, at_ns, now_ns)
+        case Received():
+            return _received(record, event, now_ns)
         case Committed():
             return _committed(record, event, now_s, now_ns)
         case Running(at_ns=at_ns):
@@ -123,8 +123,8 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
 
 
 def carries(record: Handover) -> bool:
-    """Tell whether there is a state to carry: the VM is up, or suspended."""
-    return is_up(record.vm) or record.vm.state == "suspended"
+    """Tell whether there is anything to carry: a state, or disks that go along."""
+    return has_state(record.vm) or bool(moved_disks(record.vm))
 
 
 def _start(record: Handover, now_s: float, now_ns: int) -> Step:
@@ -162,12 +162,13 @@ def _wanted(record: Handover) -> tuple[tuple[str, ColdOrder], ...]:
             return ((new, Associate(move=move, vm=vm, ports=ports)),)
         case "paused" if is_up(vm) and old not in names(record.marked):
             return ()
-        case "paused" if not record.memory.total_bytes:
+        case "paused" if has_state(vm) and not record.memory.total_bytes:
             return ((old, Suspend(move=move, vm=vm, ports=ports)),)
-        case "paused" if not record.uri:
+        case "paused" if not _offered(record):
             return ((new, TakeState(move=move, vm=vm, ports=ports)),)
         case "paused":
-            return ((old, GiveState(move=move, vm=vm, ports=ports, uri=record.uri)),)
+            uris = {"uri": record.uri, "disks_uri": record.disks_uri}
+            return ((old, GiveState(move=move, vm=vm, ports=ports, **uris)),)
         case "committed":
             version = record.version
             return ((new, WakeUp(move=move, vm=vm, ports=ports, version=version)),)
@@ -203,16 +204,22 @@ def _back(record: Handover, nve: str) -> Step:
         waiting = record.waiting | {nve} if waits else record.waiting
         record = msgspec.structs.replace(record, fenced=fenced, waiting=waiting)
     if record.phase == "paused" and nve == record.new_nve:
-        # Nobody listens at the old URI any more, if its daemon was restarted.
-        record = msgspec.structs.replace(record, uri="")
+        # Nobody listens at the old URIs any more, if its daemon was restarted.
+        record = msgspec.structs.replace(record, uri="", disks_uri="")
     return record, _outstanding(record, nve)
 
 
-def _prepared(record: Handover, nve: str, uri: str, now_s: float, now_ns: int) -> Step:
-    if nve != record.new_nve:
+def _offered(record: Handover) -> bool:
+    """The new NVE has said where to give what is carried."""
+    return bool(record.uri or record.disks_uri)
+
+
+def _prepared(record: Handover, event: Prepared, now_s: float, now_ns: int) -> Step:
+    if event.nve != record.new_nve:
         return record, ()
-    if record.phase == "paused" and uri and record.memory.total_bytes:
-        record = msgspec.structs.replace(record, uri=uri)
+    saved = record.memory.total_bytes or not has_state(record.vm)
+    if record.phase == "paused" and (event.uri or event.disks_uri) and saved:
+        record = msgspec.structs.replace(record, uri=event.uri, disks_uri=event.disks_uri)
         return record, _outstanding(record)
     if record.phase != "planned":
         return record, ()
@@ -268,12 +275,15 @@ def _stopped(record: Handover, event: Stopped) -> Step:
     return record, _outstanding(record)
 
 
-def _received(record: Handover, at_ns: int, now_ns: int) -> Step:
-    if record.phase != "paused" or not record.uri:
+def _received(record: Handover, event: Received, now_ns: int) -> Step:
+    if record.phase != "paused" or not _offered(record):
         return record, ()
     size = record.memory.total_bytes
     memory = msgspec.structs.replace(record.memory, sent_bytes=size, remaining_bytes=0)
-    return _equal(msgspec.structs.replace(record, equal_ns=at_ns, memory=memory), now_ns)
+    record = msgspec.structs.replace(
+        record, equal_ns=event.at_ns, memory=memory, storage=event.storage
+    )
+    return _equal(record, now_ns)
 
 
 def _equal(record: Handover, now_ns: int) -> Step:
@@ -307,7 +317,8 @@ def _asleep(
     """
     if record.phase != "committed":
         return record, ()
-    why = f"{why}; {record.old_nve} keeps the state that it saved"
+    why = f"{why}; {record.old_nve} keeps the state and the disks that it had"
+    ends_as = ends_as if has_state(record.vm) else record.vm.state
     return _woken(msgspec.structs.replace(record, reason=why, ends_as=ends_as), now_s, now_ns)
 
 
@@ -333,7 +344,7 @@ def _converge(record: Handover, now_s: float, now_ns: int) -> Step:
 
 
 def _close(record: Handover, now_s: float, now_ns: int) -> Step:
-    """Everybody counts and forgets; of a VM at rest only its saved state has to go."""
+    """Everybody counts and forgets; of a VM at rest only what was carried has to go."""
     all_of_them = frozenset(involved(record)) if is_up(record.vm) else frozenset[str]()
     if record.phase == "drained" and carries(record):
         all_of_them |= {record.old_nve}
@@ -440,7 +451,7 @@ def _old_host_dead(record: Handover, now_s: float, now_ns: int) -> Step:
 
 
 def _needed(record: Handover) -> frozenset[str]:
-    """A VM at rest without a state needs nothing of its old host, which may be dead."""
+    """A VM at rest of which nothing is carried needs nothing of its old host: it may be dead."""
     if carries(record):
         return frozenset(involved(record))
     return frozenset({record.new_nve})

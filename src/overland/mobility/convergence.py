@@ -23,6 +23,9 @@ Between it and the last part lies at least what QEMU can have written ahead (hyp
 else the leash could become so short that nothing goes on.
 """
 
+STOPPED = ("waiting", "completed")
+"""Of a transfer: the VM has been stopped already."""
+
 
 def expected_stop_s(transfer: Transfer) -> float:
     """Seconds to send what remains at the present rate; infinite while nothing is known."""
@@ -37,7 +40,7 @@ def converged(transfer: Transfer, options: Options) -> bool:
     Of a single round: late in its countdown. Of several: after the first whole round, as soon as
     the rest fits our goal; after some, as soon as it fits what the operator allows.
     """
-    if transfer.status == "completed":
+    if transfer.status in STOPPED:
         return True
     if transfer.countdown_bytes:
         return _within(transfer, transfer.countdown_bytes * LAST_PART)

@@ -112,8 +112,8 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             return _failing(record, event, now_s, now_ns)
         case Checkpointed():
             return _checkpointed(record, event, now_s)
-        case Progress(memory=memory):
-            return msgspec.structs.replace(record, memory=memory), ()
+        case Progress(memory=memory, storage=storage):
+            return msgspec.structs.replace(record, memory=memory, storage=storage), ()
         case Flowing(held_ns=held_ns):
             return _flowing(record, held_ns)
         case Stopped():
@@ -231,7 +231,10 @@ def _prepare(record: Handover, nve: str) -> Tell:
 
 
 def _send(record: Handover) -> Tell:
-    return tell(record.old_nve, Send(move=record.id, uri=record.uri, keep_uri=record.keep_uri))
+    send = Send(
+        move=record.id, uri=record.uri, keep_uri=record.keep_uri, disks_uri=record.disks_uri
+    )
+    return tell(record.old_nve, send)
 
 
 def _checkpointed(record: Handover, event: Checkpointed, now_s: float) -> Step:
@@ -257,7 +260,8 @@ def keeper(record: Handover) -> str | None:
     """
     if record.mode != "cold":
         return record.new_nve if recoverable(record) else None
-    slept = record.outcome == "moved" and record.memory.total_bytes > 0 and not record.resume_ns
+    carried = record.memory.total_bytes or record.storage.total_bytes
+    slept = record.outcome == "moved" and carried and not record.resume_ns
     return record.old_nve if slept else None
 
 
@@ -319,6 +323,7 @@ def _prepared(record: Handover, event: Prepared, now_s: float, now_ns: int) -> S
         waiting=record.waiting - {event.nve},
         uri=event.uri or record.uri,
         keep_uri=event.keep_uri or record.keep_uri,
+        disks_uri=event.disks_uri or record.disks_uri,
     )
     if event.nve == record.new_nve:
         return record, tuple(_prepare(record, nve) for nve in (record.old_nve, *record.peers))
@@ -390,7 +395,7 @@ def _digested(record: Handover, event: Digested, now_ns: int, now_s: float) -> S
     if not (record.digest_old and record.digest_new):
         return record, ()
     if record.digest_old != record.digest_new:
-        return _abort(record, "memory differs between old and new host", now_s, now_ns)
+        return _abort(record, "memory or a disk differs between old and new host", now_s, now_ns)
     return record, (_commit(record),)
 
 
@@ -501,6 +506,7 @@ def _closed(record: Handover, event: Closed, now_ns: int) -> Step:
         record,
         waiting=record.waiting - {event.nve},
         packets=merge(record.packets, event.packets),
+        storage=event.storage if event.nve == record.old_nve else record.storage,
     )
     moved = record.phase == "drained"
     if moved and event.nve == record.old_nve and record.new_nve in record.waiting:

@@ -14,6 +14,7 @@ from overland.model.handover import (
     MovingPort,
     Options,
     Packets,
+    Storage,
     Transfer,
 )
 from overland.model.ticket import Seal
@@ -55,11 +56,13 @@ class PreparePeer(Order, frozen=True, kw_only=True, tag=True):
 class Send(Order, frozen=True, kw_only=True, tag=True):
     """To the old NVE: begin to copy memory to `uri`; stop and hold when it has converged.
 
-    In a warm move first the checkpoints that were asked for, to `keep_uri`.
+    Before that, in a warm move, the checkpoints that were asked for, to `keep_uri`; else the disks
+    that go along, if there are any, to `disks_uri`.
     """
 
     uri: str
     keep_uri: str = ""
+    disks_uri: str = ""
 
 
 class Force(Order, frozen=True, kw_only=True, tag=True):
@@ -145,19 +148,27 @@ class Suspend(Cold, frozen=True, kw_only=True, tag=True):
 
 
 class TakeState(Cold, frozen=True, kw_only=True, tag=True):
-    """To the new NVE: wait for the saved state; answer Prepared with the URI to give it to."""
+    """To the new NVE: wait for what is carried; answer Prepared with the URIs to give it to.
+
+    The saved state, if there is one, and the disks that go along; their URIs in `disks_uri`, in
+    order, a space between two.
+    """
 
 
 class GiveState(Cold, frozen=True, kw_only=True, tag=True):
-    """To the old NVE: send the saved state to `uri`; answer Received once it is on that disk."""
+    """To the old NVE: send the saved state to `uri`, the disks that go along to `disks_uri`.
+
+    Answer Received once all of it is on the other host's disk.
+    """
 
     uri: str
+    disks_uri: str = ""
 
 
 class WakeUp(Cold, frozen=True, kw_only=True, tag=True):
-    """To the new NVE, only after the commit: run the VM on from the state that was taken.
+    """To the new NVE, only after the commit: what was taken is the VM's; run it on from its state.
 
-    A VM that was paused stays so, one that was suspended sleeps on; answer Running, or Crashed.
+    A VM that was paused stays so, one at rest sleeps on; answer Running, or Crashed.
     """
 
     version: int
@@ -165,7 +176,7 @@ class WakeUp(Cold, frozen=True, kw_only=True, tag=True):
 
 
 class DropState(Cold, frozen=True, kw_only=True, tag=True):
-    """To the old NVE at the end, after the commit: its saved state goes, then as Count."""
+    """To the old NVE at the end, after the commit: what was carried goes, then as Count."""
 
     version: int
     seal: Seal | None = None
@@ -199,8 +210,11 @@ class Report(Record, frozen=True, kw_only=True, tag=True):
 
 
 class Prepared(Report, frozen=True, kw_only=True, tag=True):
+    """All is in place. From the new NVE: where memory goes, and the disks that go along."""
+
     uri: str = ""
     keep_uri: str = ""
+    disks_uri: str = ""
 
 
 class Checkpointed(Report, frozen=True, kw_only=True, tag=True):
@@ -211,6 +225,7 @@ class Checkpointed(Report, frozen=True, kw_only=True, tag=True):
 
 class Progress(Report, frozen=True, kw_only=True, tag=True):
     memory: Memory
+    storage: Storage = Storage()
 
 
 class Flowing(Report, frozen=True, kw_only=True, tag=True):
@@ -228,9 +243,10 @@ class Stopped(Report, frozen=True, kw_only=True, tag=True):
 
 
 class Received(Report, frozen=True, kw_only=True, tag=True):
-    """The new copy is whole and paused since `at_ns`."""
+    """The new copy is whole and paused since `at_ns`. `storage`: of disks that a cold move took."""
 
     at_ns: int
+    storage: Storage = Storage()
 
 
 class Steered(Report, frozen=True, kw_only=True, tag=True):
@@ -269,6 +285,7 @@ class Restored(Report, frozen=True, kw_only=True, tag=True):
 class Closed(Report, frozen=True, kw_only=True, tag=True):
     packets: Packets = Packets()
     memory: Memory = Memory()
+    storage: Storage = Storage()
 
 
 class Failed(Report, frozen=True, kw_only=True, tag=True):
@@ -453,6 +470,41 @@ class AwaitInterval(Do, frozen=True, kw_only=True, tag=True):
     until_ns: int
 
 
+class BeginMirror(Do, frozen=True, kw_only=True, tag=True):
+    """Begin to copy the disks that go along to `uri`; from then on each write goes to both."""
+
+    uri: str
+    bytes_per_s: int
+
+
+class WatchMirror(Do, frozen=True, kw_only=True, tag=True):
+    """Look at the disks a moment later; answered by MirrorSeen."""
+
+
+class EndMirror(Do, frozen=True, kw_only=True, tag=True):
+    """With the VM stopped: the new images are brought up to the old ones, flushed, let go."""
+
+
+class SendRest(Do, frozen=True, kw_only=True, tag=True):
+    """Send what of memory was kept until the disks were done."""
+
+
+class OfferDisks(Do, frozen=True, kw_only=True, tag=True):
+    """Let the old NVE write the new copy's images; Done's text says where."""
+
+
+class WithdrawDisks(Do, frozen=True, kw_only=True, tag=True):
+    """Nobody else writes the images any more, and they are on this host's disk."""
+
+
+class KeepDisks(Do, frozen=True, kw_only=True, tag=True):
+    """The move is committed: the images made for the copy are the VM's."""
+
+
+class RemoveDisks(Do, frozen=True, kw_only=True, tag=True):
+    """The VM runs elsewhere with its disks: the images here go."""
+
+
 class WatchTransfer(Do, frozen=True, kw_only=True, tag=True):
     """Look at the transfer a moment later; answered by TransferSeen."""
 
@@ -522,7 +574,7 @@ class MuteBroadcast(Do, frozen=True, kw_only=True, tag=True):
 
 
 class CancelSend(Do, frozen=True, kw_only=True, tag=True):
-    pass
+    """Give up sending memory, and the disks that go along."""
 
 
 class StopCopy(Do, frozen=True, kw_only=True, tag=True):
@@ -550,6 +602,10 @@ class TransferSeen(Record, frozen=True, kw_only=True, tag=True):
 
 class CheckpointSeen(Record, frozen=True, kw_only=True, tag=True):
     checkpoint: Checkpoint
+
+
+class MirrorSeen(Record, frozen=True, kw_only=True, tag=True):
+    storage: Storage
 
 
 class Done(Record, frozen=True, kw_only=True, tag=True):
@@ -584,4 +640,6 @@ class Resumed(Record, frozen=True, kw_only=True, tag=True):
     """
 
 
-NveEvent = AnyOrder | TransferSeen | CheckpointSeen | Done | Broken | Reconnected | Resumed
+NveEvent = (
+    AnyOrder | TransferSeen | CheckpointSeen | MirrorSeen | Done | Broken | Reconnected | Resumed
+)

@@ -35,8 +35,10 @@ from overland.mobility.messages import (
     GivenBack,
     HoldPorts,
     KeepCheckpoints,
+    KeepDisks,
     MakeTunnel,
     NveEvent,
+    OfferDisks,
     OpenPorts,
     Prepared,
     QuietPorts,
@@ -55,8 +57,10 @@ from overland.mobility.messages import (
     StopCopy,
     TakeDigest,
     Unmute,
+    WithdrawDisks,
 )
 from overland.mobility.nve import RESTARTED, Part, PartStep, failed, failure_of, to
+from overland.model.cluster import moved_disks
 
 
 def begin(part: Part) -> PartStep:
@@ -64,6 +68,7 @@ def begin(part: Part) -> PartStep:
 
     First what a crash may have left goes; a copy that runs here is no leftover (HO-23).
     """
+    offer = (OfferDisks(),) if moved_disks(part.vm) else ()
     return to(
         part,
         "arming",
@@ -75,6 +80,7 @@ def begin(part: Part) -> PartStep:
         ArmPeers(),
         *((KeepCheckpoints(),) if part.options.warm else ()),
         ReceiveCopy(),
+        *offer,
         OpenPorts(),
     )
 
@@ -90,12 +96,16 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             return msgspec.structs.replace(part, keep_uri=keep_uri), ()
         case "arming", Done(effect="ReceiveCopy", text=uri):
             return msgspec.structs.replace(part, uri=uri), ()
+        case "arming", Done(effect="OfferDisks", text=uri) if moved_disks(part.vm):
+            return msgspec.structs.replace(part, disks_uri=uri), ()
         case "arming", Done(effect="OpenPorts"):
             part = msgspec.structs.replace(part, stage="awaiting")
             return part, (*_said(part), AwaitCopy())
         case "awaiting", Done(effect="AwaitCopy", number=at_ns):
-            part = msgspec.structs.replace(part, stage="whole", received_ns=at_ns)
-            return part, _said(part)
+            part = msgspec.structs.replace(part, received_ns=at_ns)
+            return (part, (WithdrawDisks(),)) if part.disks_uri else _whole(part)
+        case "awaiting", Done(effect="WithdrawDisks") if part.received_ns:
+            return _whole(part)
         case "awaiting" | "whole", Steer(back=False):
             return part, (_STEER,)
         case "awaiting" | "whole" | "activating" | "active", Done(effect="SteerHere", number=at_ns):
@@ -111,7 +121,7 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             return to(part, "activating", *_AGAIN, _STEER, *_RUN)
         case "whole" | "activating", Activate(version=version):
             part = msgspec.structs.replace(part, version=version)
-            return to(part, "activating", *_RUN)
+            return to(part, "activating", *_run(part))
         case "activating", Done(effect="ResumeVm", number=at_ns, packets=packets):
             part = msgspec.structs.replace(
                 part, stage="active", resumed_ns=at_ns, held=packets.held
@@ -185,6 +195,16 @@ def _stood_behind(part: Part, effect: str) -> tuple[Do, ...]:
     return _GIVE_BACK if effect in _ENDING_THE_COPY else (*_own_copy(part), *_GIVE_BACK)
 
 
+def _run(part: Part) -> tuple[Do, ...]:
+    """From here on the images are the VM's, whatever becomes of this copy."""
+    return (KeepDisks(), *_RUN) if part.disks_uri else _RUN
+
+
+def _whole(part: Part) -> PartStep:
+    part = msgspec.structs.replace(part, stage="whole")
+    return part, _said(part)
+
+
 def _own_copy(part: Part) -> tuple[Do, ...]:
     """Ends the copy that this part received, or was about to, unless it was activated.
 
@@ -211,8 +231,10 @@ def _said(part: Part) -> tuple[Do, ...]:
         case "awaiting" | "whole" if part.failure is not None:
             return failure_of(part)
         case "awaiting":
-            ready = Prepared(move=move, nve=nve, uri=part.uri, keep_uri=part.keep_uri)
-            return (Say(report=ready), *steered)
+            prepared = Prepared(
+                move=move, nve=nve, uri=part.uri, keep_uri=part.keep_uri, disks_uri=part.disks_uri
+            )
+            return (Say(report=prepared), *steered)
         case "whole":
             received = Say(report=Received(move=move, nve=nve, at_ns=part.received_ns))
             return (received, *steered)
@@ -240,7 +262,7 @@ def _resumed(part: Part) -> PartStep:
         case "whole" | "active":
             return part, (*again, *_said(part))
         case "activating":
-            return part, (*again, *_RUN)
+            return part, (*again, *_run(part))
         case "returning":
             return part, (*_own_copy(part), *_GIVE_BACK)
         case "closing":

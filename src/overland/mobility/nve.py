@@ -8,13 +8,14 @@ import msgspec
 
 from overland.mobility.messages import Do, Failed, NveEvent, Say
 from overland.model.cluster import Record, Vm
-from overland.model.handover import Memory, MovingPort, Options, Transfer
+from overland.model.handover import Memory, MovingPort, Options, Storage, Transfer
 
 Stage = Literal[
     "arming",
     "armed",
     "checkpointing",
     "resting",
+    "mirroring",
     "sending",
     "stopping",
     "stopped",
@@ -33,6 +34,7 @@ class Part(Record, frozen=True, kw_only=True):
     """One NVE's part in one move. `nve` is its own name, `other` the NVE at the tunnel's far end.
 
     `failure`: the step that failed and why, said until the coordinator turns the move back.
+    `disks_uri` is empty where no disk goes along.
     Instants are CLOCK_REALTIME ns, 0 while they have not come. `pace`: of the memory stream,
     bytes/s, 0 for no limit. `drained`: the VM took all that its ring had. `flowing`: what waited
     goes on into the tunnel, and all that comes. `turned`: the last Steer said back. `checkpoints`:
@@ -51,6 +53,7 @@ class Part(Record, frozen=True, kw_only=True):
     keep_uri: str = ""
     checkpoints: int = 0
     keep: bool = False
+    disks_uri: str = ""
     pace: int = 0
     held_ns: int = 0
     stop_ns: int = 0
@@ -66,6 +69,7 @@ class Part(Record, frozen=True, kw_only=True):
     version: int = 0
     failure: tuple[str, str] | None = None
     memory: Memory = Memory()
+    storage: Storage = Storage()
 
 
 PartStep = tuple[Part, tuple[Do, ...]]

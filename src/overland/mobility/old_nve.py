@@ -1,6 +1,6 @@
 """The machine of the NVE that gives the VM up.
 
-    arming -> armed -> sending -> stopping -> stopped -> closing -> closed
+    arming -> armed (-> mirroring) -> sending -> stopping -> stopped -> closing -> closed
                  any before Retire --Restore--> returning -> returned -> closing -> closed
     warm:    armed -> checkpointing -> resting -> checkpointing -> ... -> sending, as above
 
@@ -11,18 +11,23 @@ and delivers all it has read: what it keeps inside when it stops would be lost. 
 emptied its ring, what waits goes into the tunnel, then the kernel redirects, and everybody steers:
 all of that while the VM still runs, the end of its memory's copy held up as long. What it does not
 empty in time is rescued after STOP, ahead of the rest.
+
+Disks that go along are copied first, while memory waits; from then on each write goes to both
+hosts. After STOP they are brought to an end before the rest of memory is sent, so that a copy that
+is whole has its disks as well.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from overland.mobility.convergence import converged, first_pace, leash, pace
+from overland.mobility.convergence import STOPPED, converged, first_pace, leash, pace
 from overland.mobility.messages import (
     ArmPorts,
     AwaitDrained,
     AwaitInterval,
     AwaitStop,
+    BeginMirror,
     BeginSend,
     Broken,
     CancelSend,
@@ -35,12 +40,14 @@ from overland.mobility.messages import (
     Digested,
     Do,
     Done,
+    EndMirror,
     FinishSend,
     Flowing,
     Force,
     Forget,
     HoldPorts,
     MakeTunnel,
+    MirrorSeen,
     MuteBroadcast,
     NveEvent,
     Pace,
@@ -49,6 +56,7 @@ from overland.mobility.messages import (
     ProvePath,
     Reconnected,
     ReleaseInto,
+    RemoveDisks,
     Restore,
     Restored,
     Resumed,
@@ -56,12 +64,14 @@ from overland.mobility.messages import (
     Retire,
     Say,
     Send,
+    SendRest,
     SteerHere,
     StopCopy,
     Stopped,
     TakeCheckpoint,
     TakeDigest,
     TransferSeen,
+    WatchMirror,
     WatchTransfer,
 )
 from overland.mobility.nve import (
@@ -74,6 +84,7 @@ from overland.mobility.nve import (
     memory_of,
     to,
 )
+from overland.model.cluster import moved_disks
 from overland.model.handover import Checkpoint, Packets
 
 DRAIN_LIMIT_S = 1.0
@@ -98,9 +109,9 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
         case "arming", Done(effect="ProvePath"):
             part = msgspec.structs.replace(part, stage="armed")
             return part, _said(part)
-        case "armed", Send(uri=uri, keep_uri=keep_uri):
-            part = msgspec.structs.replace(part, uri=uri, keep_uri=keep_uri)
-            return _next_checkpoint(part)
+        case "armed", Send(uri=uri, keep_uri=keep_uri, disks_uri=disks_uri):
+            part = msgspec.structs.replace(part, uri=uri, keep_uri=keep_uri, disks_uri=disks_uri)
+            return _mirror(part) if disks_uri else _next_checkpoint(part)
         case "checkpointing", CheckpointSeen(checkpoint=checkpoint):
             return _checkpointed(part, checkpoint)
         case "resting", Done(effect="AwaitInterval"):
@@ -109,6 +120,12 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             # The time is up: no more checkpoints, and as soon as may be the last delta.
             options = msgspec.structs.replace(part.options, checkpoints=0)
             return msgspec.structs.replace(part, options=options), ()
+        case "mirroring" | "sending", MirrorSeen():
+            return _mirrored(part, event)
+        case "mirroring", Broken(effect=effect, why=why) if effect != "vm":
+            return _mirror_failed(part, effect, why)
+        case "sending", Broken(effect="WatchMirror" as effect, why=why):
+            return _mirror_failed(part, effect, why)
         case "sending", TransferSeen():
             return _seen(part, event)
         case "sending", Force():
@@ -121,7 +138,7 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             part = msgspec.structs.replace(part, retired=True, version=version)
             return part, (MuteBroadcast(),)
         case (
-            "arming" | "armed" | "checkpointing" | "resting" | "sending" | "stopping",
+            "arming" | "armed" | "checkpointing" | "resting" | "mirroring" | "sending" | "stopping",
             Retire(version=version),
         ):
             # Committed, so it had stopped: what says so could not be written (HO-47).
@@ -156,7 +173,7 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             part = msgspec.structs.replace(part, stage="returned")
             return part, _said(part)
         case (
-            "arming" | "armed" | "checkpointing" | "resting" | "sending" | "stopping",
+            "arming" | "armed" | "checkpointing" | "resting" | "mirroring" | "sending" | "stopping",
             Broken(effect=effect, why=why),
         ):
             return failed(part, effect, why)
@@ -170,9 +187,7 @@ def _next_checkpoint(part: Part) -> PartStep:
     """Another one, or, when all that were asked for are taken, the memory as in a hot move."""
     if part.checkpoints < part.options.checkpoints:
         return to(part, "checkpointing", TakeCheckpoint(uri=part.keep_uri))
-    first = first_pace(part.options)
-    part = msgspec.structs.replace(part, pace=first)
-    return to(part, "sending", BeginSend(uri=part.uri, bytes_per_s=first), WatchTransfer())
+    return _send(part)
 
 
 def _checkpointed(part: Part, checkpoint: Checkpoint) -> PartStep:
@@ -186,6 +201,37 @@ def _checkpointed(part: Part, checkpoint: Checkpoint) -> PartStep:
     return part, (said, *effects)
 
 
+def _mirror(part: Part) -> PartStep:
+    limit = part.options.bandwidth_bytes_per_s or 0
+    begin = BeginMirror(uri=part.disks_uri, bytes_per_s=limit)
+    return to(part, "mirroring", begin, WatchMirror())
+
+
+def _send(part: Part) -> PartStep:
+    first = first_pace(part.options)
+    part = msgspec.structs.replace(part, pace=first)
+    return to(part, "sending", BeginSend(uri=part.uri, bytes_per_s=first), WatchTransfer())
+
+
+def _mirrored(part: Part, event: MirrorSeen) -> PartStep:
+    """Memory follows once the disks are equal; that they can be written is watched to the end."""
+    storage, told = event.storage, part.storage
+    now = msgspec.structs.replace(part, storage=storage)
+    if part.stage == "mirroring" and storage.ready:
+        now, effects = _send(now)
+        return now, (*effects, WatchMirror())
+    if storage.sent_bytes - told.sent_bytes < storage.total_bytes * PROGRESS_PART:
+        return part, (WatchMirror(),)
+    progress = Progress(move=part.move, nve=part.nve, memory=part.memory, storage=storage)
+    return now, (Say(report=progress), WatchMirror())
+
+
+def _mirror_failed(part: Part, effect: str, why: str) -> PartStep:
+    """The VM's own writes must not wait for a host that does not take them: given up at once."""
+    part, said = failed(part, effect, why)
+    return to(part, "stopping", CancelSend(), *said)
+
+
 def _seen(part: Part, event: TransferSeen) -> PartStep:
     transfer, told = event.transfer, part.memory
     part = msgspec.structs.replace(part, memory=memory_of(transfer))
@@ -193,7 +239,7 @@ def _seen(part: Part, event: TransferSeen) -> PartStep:
         why = transfer.error or f"the transfer was {transfer.status}"
         return failed(part, "send", why)
     if converged(transfer, part.options):
-        return _stop(part, late=transfer.status == "completed")
+        return _stop(part, late=transfer.status in STOPPED)
     watch: tuple[Do, ...] = (WatchTransfer(),)
     if transfer.status == "active":
         rate, more = pace(transfer, part.options), leash(transfer)
@@ -203,7 +249,7 @@ def _seen(part: Part, event: TransferSeen) -> PartStep:
     step_bytes = transfer.total_bytes * PROGRESS_PART
     if transfer.passes == told.rounds and transfer.sent_bytes - told.sent_bytes < step_bytes:
         return msgspec.structs.replace(part, memory=told), watch
-    progress = Progress(move=part.move, nve=part.nve, memory=part.memory)
+    progress = Progress(move=part.move, nve=part.nve, memory=part.memory, storage=part.storage)
     return part, (Say(report=progress), *watch)
 
 
@@ -225,9 +271,11 @@ def _stopping(part: Part, event: Done) -> PartStep:
             release = (ReleaseInto(tunnel=True),) if part.drained else ()
             return part, (FinishSend(), *release, AwaitStop())
         case "AwaitStop":
+            rest = (EndMirror(), SendRest()) if part.disks_uri and not part.stop_ns else ()
             part = msgspec.structs.replace(part, stop_ns=event.number)
             part, said = _progressed(part)
-            return part, said if part.drained else (*said, ReleaseInto(tunnel=True))
+            release = () if part.drained else (ReleaseInto(tunnel=True),)
+            return part, (*said, *rest, *release)
         case "ReleaseInto":
             rescued = part.rescued + event.number
             return _progressed(msgspec.structs.replace(part, flowing=True, rescued=rescued))
@@ -259,7 +307,13 @@ def _stopped(part: Part) -> Say:
 
 def _closed(part: Part, packets: Packets) -> Say:
     packets = msgspec.structs.replace(packets, rescued=part.rescued)
-    closed = Closed(move=part.move, nve=part.nve, packets=packets, memory=part.memory)
+    closed = Closed(
+        move=part.move,
+        nve=part.nve,
+        packets=packets,
+        memory=part.memory,
+        storage=part.storage,
+    )
     return Say(report=closed)
 
 
@@ -270,7 +324,7 @@ def _restore(part: Part) -> PartStep:
             return part, ()
         case "returned":
             return part, _said(part)
-        case "arming" | "armed" | "checkpointing" | "resting" | "sending":
+        case "arming" | "armed" | "checkpointing" | "resting" | "mirroring" | "sending":
             # Of a restarted daemon whose disk was full the stage may be one of long ago: the VM may
             # have been stopped since. One that runs does not notice.
             return to(part, "returning", CancelSend(), ResumeVm())
@@ -294,7 +348,8 @@ def _close(part: Part) -> PartStep:
         return to(part, "closing", CleanUp())
     # Nobody sends here any more but our own tenants: they turn before the tunnel goes.
     turn = SteerHere(back=False, local=True)
-    return to(part, "closing", turn, CleanUp(), StopCopy())
+    remove = (RemoveDisks(),) if moved_disks(part.vm) else ()
+    return to(part, "closing", turn, *remove, CleanUp(), StopCopy())
 
 
 def _said(part: Part) -> tuple[Do, ...]:
@@ -324,7 +379,7 @@ def _resumed(part: Part) -> PartStep:
             return begin(part)
         case "armed":
             return part, (*again, *_said(part))
-        case "checkpointing" | "resting" | "sending" | "stopping":
+        case "checkpointing" | "resting" | "mirroring" | "sending" | "stopping":
             # How far the stop went is not known; the way back is safe from anywhere.
             part, said = failed(part, "stop", RESTARTED)
             return to(part, "stopping", *again, *said)

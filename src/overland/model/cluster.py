@@ -86,15 +86,52 @@ class Interface(Record, frozen=True, kw_only=True):
 
 
 class Boot(Record, frozen=True, kw_only=True):
-    """How a VM starts: a disk image, or a kernel with initial RAM disk and command line.
-
-    Paths are those of the host where it runs.
+    """How a VM starts: from one of its disks (`image` is that one's path), or a kernel with initial
+    RAM disk and command line. Paths are those of the host where it runs.
     """
 
     image: str | None = None
     kernel: str | None = None
     initrd: str | None = None
     append: str = ""
+
+
+DiskKind = Literal["shared", "moved", "left"]
+DiskFormat = Literal["raw", "qcow2"]
+
+
+class Disk(Record, frozen=True, kw_only=True):
+    """One disk of a VM: an image file (or, shared, a block device).
+
+    An absolute `path` is the same on every host; a relative one lies in each host's disk folder.
+    `kind` says what becomes of it when the VM moves: both hosts have the same image (`shared`), it
+    goes along (`moved`), or it stays and is reached over the network (`left`). `size_bytes`: of the
+    image that is made when there is none; 0 when there must be one.
+    """
+
+    path: str
+    kind: DiskKind = "shared"
+    format: DiskFormat = "raw"
+    size_bytes: int = 0
+
+
+class DiskState(Record, frozen=True, kw_only=True):
+    """What a host says of a disk as it is there.
+
+    `trouble`: why a VM could not use it there, empty when it could. `inode` tells two images of one
+    path apart. `virtual_bytes`: what the guest sees; `allocated_bytes`: what the image takes;
+    `free_bytes`: what is left beside it. `depends`: it has a backing file or snapshots inside.
+    """
+
+    exists: bool = False
+    trouble: str = ""
+    device: bool = False
+    inode: int = 0
+    format: DiskFormat = "raw"
+    virtual_bytes: int = 0
+    allocated_bytes: int = 0
+    free_bytes: int = 0
+    depends: bool = False
 
 
 class Vm(Record, frozen=True, kw_only=True):
@@ -107,11 +144,17 @@ class Vm(Record, frozen=True, kw_only=True):
     memory_mib: int = 128
     vcpus: int = 1
     boot: Boot = Boot()
+    disks: tuple[Disk, ...] = ()
     machine: str = ""
     cpu: str = ""
     version: int = 1
     move: str | None = None
     reason: str | None = None
+
+
+def moved_disks(vm: Vm | None) -> tuple[Disk, ...]:
+    """The disks that go along when `vm` moves."""
+    return tuple(disk for disk in vm.disks if disk.kind == "moved") if vm is not None else ()
 
 
 class Endpoint(Record, frozen=True, kw_only=True):

@@ -147,6 +147,10 @@ class MovingPort(Record, frozen=True, kw_only=True):
     routed: bool = False
 
 
+DiskChoice = Literal["declared", "shared", "moved", "left"]
+"""What a move does with the VM's disks: as each is declared, or all of them the same."""
+
+
 class Options(Record, frozen=True, kw_only=True):
     """What the operator may set for one move.
 
@@ -159,6 +163,7 @@ class Options(Record, frozen=True, kw_only=True):
     timeout_action: Literal["abort", "pause"] = "abort"
     verify: bool = False
     drain_guard_ms: float = 2.0
+    storage: DiskChoice = "declared"
     checkpoints: int = 0
     interval_s: float = 1.0
 
@@ -255,14 +260,27 @@ class Memory(Record, frozen=True, kw_only=True):
     dirty_bytes_per_s: float = 0.0
 
 
+class Storage(Record, frozen=True, kw_only=True):
+    """Bytes of the disks that go along: in all, copied so far, and those copied again.
+
+    `ready`: old and new are the same and stay so, because each write goes to both.
+    """
+
+    total_bytes: int = 0
+    sent_bytes: int = 0
+    resent_bytes: int = 0
+    ready: bool = False
+
+
 class Transfer(Record, frozen=True, kw_only=True):
     """Progress of a running memory transfer. `passes` counts the rounds over memory.
 
     `countdown_bytes`: not 0 where the hypervisor stops the VM by itself at the end of the first
-    round; then the last so many bytes of memory take as long as the pace says.
+    round; then the last so many bytes of memory take as long as the pace says. `waiting`: the VM
+    has been stopped, and the rest is sent once its disks are done.
     """
 
-    status: Literal["setup", "active", "completed", "failed", "cancelled"]
+    status: Literal["setup", "active", "waiting", "completed", "failed", "cancelled"]
     total_bytes: int = 0
     sent_bytes: int = 0
     remaining_bytes: int = 0
@@ -303,6 +321,7 @@ class Handover(Record, frozen=True, kw_only=True):
     uri: str = ""
     keep_uri: str = ""
     checkpoints: Checkpoints = Checkpoints()
+    disks_uri: str = ""
     held_ns: int = 0
     stop_ns: int = 0
     equal_ns: int = 0
@@ -323,6 +342,7 @@ class Handover(Record, frozen=True, kw_only=True):
     reason: str | None = None
     close_reason: str | None = None
     memory: Memory = Memory()
+    storage: Storage = Storage()
     packets: Packets = Packets()
     digest_old: str = ""
     digest_new: str = ""
@@ -331,6 +351,11 @@ class Handover(Record, frozen=True, kw_only=True):
 def is_up(vm: Vm) -> bool:
     """Tell whether the VM's addresses are in use: it runs, or is paused and will run on."""
     return vm.state in ("running", "paused")
+
+
+def has_state(vm: Vm) -> bool:
+    """Tell whether there is a state of the VM that it can run on from: it is up, or suspended."""
+    return is_up(vm) or vm.state == "suspended"
 
 
 def marking(record: Handover) -> Marking:

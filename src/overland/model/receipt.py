@@ -54,11 +54,15 @@ def receipt(record: Handover) -> dict[str, Any]:
             "sent_bytes": record.memory.sent_bytes,
             "resent_bytes": record.memory.resent_bytes,
             "rounds": record.memory.rounds,
-            "digest": record.digest_new or None,
+            "digest": record.digest_new.partition(" ")[0] or None,
         },
         "checkpoints": _checkpoints(record),
         "forecast": _forecast(record),
-        "storage": {"sent_bytes": 0, "resent_bytes": 0},
+        "storage": {
+            "sent_bytes": record.storage.sent_bytes,
+            "resent_bytes": record.storage.resent_bytes,
+            "digests": record.digest_new.split(" ")[1:],
+        },
         "packets": {
             "held": packets.held,
             "rescued": packets.rescued,

@@ -15,6 +15,7 @@ import msgspec
 
 from overland.mobility.coordinator import keeper
 from overland.model.cluster import (
+    Disk,
     Endpoint,
     Gateway,
     Host,
@@ -28,7 +29,7 @@ from overland.model.cluster import (
 from overland.model.forecast import Forecast
 from overland.model.handover import ENDED, Handover, MovingPort, Options, PhaseAt, is_up
 from overland.model.names import port_name, vxlan_name
-from overland.nva import rules
+from overland.nva import rules, storage
 from overland.nva.cluster import Cluster
 from overland.nva.gateways import chosen, gateway_blockers, removal_blockers
 from overland.nva.mapping import underlay_address
@@ -77,6 +78,9 @@ class Authority:
         await self._load("network/", Network, self.cluster.networks)
         await self._load("host/", Host, self.cluster.hosts)
         await self._load("vm/", Vm, self.cluster.vms)
+        for name, vm in self.cluster.vms.items():
+            # A record from before VMs had disks names the image that it boots from and no other.
+            self.cluster.vms[name] = storage.with_boot_disk(vm)
         await self._load("endpoint/", Endpoint, self.cluster.endpoints)
         await self._load("gateway/", Gateway, self.cluster.gateways)
         moves: dict[str, Handover] = {}
@@ -205,8 +209,8 @@ class Authority:
 
     def completed(self, wish: Vm) -> Vm:
         """`wish` with everything chosen that it leaves open; Blocked when it may not be."""
-        vm = self._chosen(wish)
-        _stop_if(rules.vm_blockers(self.cluster, vm))
+        vm = storage.with_boot_disk(self._chosen(wish))
+        _stop_if((*rules.vm_blockers(self.cluster, vm), *storage.wish_blockers(self.cluster, vm)))
         return vm
 
     def _chosen(self, wish: Vm) -> Vm:
@@ -399,8 +403,12 @@ class Authority:
         forecast: Forecast | None = None,
         *,
         cold: bool = False,
+        disks: tuple[Disk, ...] = (),
     ) -> Handover:
-        """Journal a new move; Blocked with every reason when it may not begin."""
+        """Journal a new move; Blocked with every reason when it may not begin.
+
+        `disks` are the VM's, each of the kind that counts for this move.
+        """
         async with self._lock:
             _stop_if(
                 self.move_blockers(name, to, cold=True)
@@ -409,7 +417,7 @@ class Authority:
             )
             vm = self._vm(name)
             record = msgspec.structs.replace(
-                self._planned(move_id, vm, to, options),
+                self._planned(move_id, msgspec.structs.replace(vm, disks=disks), to, options),
                 mode="warm" if options.warm else "hot",
                 forecast=forecast,
             )

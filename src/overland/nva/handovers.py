@@ -274,6 +274,12 @@ def turn_back(record: Handover) -> m.Return:
     return m.Return(move=record.id, vm=record.vm, ports=record.ports)
 
 
+def drop_kept(record: Handover) -> m.DropState:
+    """What the old NVE of a cold move is told once its VM, which had not woken, is up (HO-43)."""
+    version = record.version
+    return m.DropState(move=record.id, vm=record.vm, ports=record.ports, version=version)
+
+
 def farewells(record: Handover, vm: Vm | None) -> tuple[tuple[str, m.AnyOrder | m.ColdOrder], ...]:
     """What is said once a move has ended, to NVEs that may have missed the end (HO-57, HO-59).
 
@@ -300,8 +306,8 @@ def _last_order_cold(record: Handover, nve: str, vm: Vm | None) -> m.ColdOrder:
     """
     move, ports = record.id, record.ports
     now = vm and (vm.host, vm.version, vm.state, vm.move)
-    sleeps = now == (nve, record.version, "suspended", None)
-    if sleeps and record.outcome == "moved" and nve == record.new_nve:
+    waits = now == (nve, record.version, record.ends_as, None) and not record.resume_ns
+    if waits and record.outcome == "moved" and nve == record.new_nve:
         return m.WakeUp(move=move, vm=record.vm, ports=ports, version=record.version)
     return m.DropCopy(move=move, vm=record.vm, ports=ports)
 

@@ -352,7 +352,7 @@ def warm_blockers(cluster: Cluster, name: str, to: str, options: Options) -> Ite
         why = f"at least one checkpoint, at intervals of at least {MIN_INTERVAL_S * 1000:.0f} ms"
         yield _no("malformed", what, why, "--checkpoints 3 --interval 1s")
     vm = cluster.vms.get(name)
-    if vm is not None and vm.boot.image is not None:
+    if vm is not None and vm.disks:
         why = (
             "it has a disk, and a checkpoint holds memory only: the two would not be of one instant"
         )

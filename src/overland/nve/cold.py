@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Protocol, assert_never
 
 from overland.mobility import messages as m
-from overland.model.cluster import Vm
-from overland.model.handover import Memory, Packets, is_up
+from overland.model.cluster import Vm, moved_disks
+from overland.model.handover import Memory, Packets, Storage, has_state, is_up
 from overland.model.names import bridge_name
 from overland.model.ticket import Seal, Ticket, ticket_refusal
-from overland.ports import Hypervisor, HypervisorFailure, PortFailure
+from overland.ports import Hypervisor, HypervisorFailure, Images, PortFailure
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class ColdSteps:
         nve: str,
         address: str,
         hypervisor: Hypervisor,
+        images: Images,
         ground: Ground,
         opened: Callable[[Seal | None], Ticket | str],
         seen: Callable[[str, str | None], None],
@@ -54,6 +55,7 @@ class ColdSteps:
         self._nve = nve
         self._address = address
         self._hypervisor = hypervisor
+        self._images = images
         self._ground = ground
         self._opened = opened
         self._seen = seen
@@ -70,7 +72,7 @@ class ColdSteps:
         return m.Failed(move=order.move, nve=self._nve, step=step, why=why)
 
     async def _report(self, order: m.ColdOrder) -> m.AnyReport:
-        move, nve, vm = order.move, self._nve, order.vm
+        move, nve = order.move, self._nve
         match order:
             case m.Associate():
                 await self._associate(order)
@@ -78,11 +80,9 @@ class ColdSteps:
             case m.Suspend():
                 return await self._suspend(order)
             case m.TakeState():
-                uri = await self._hypervisor.take_state(move, self._address)
-                return m.Prepared(move=move, nve=nve, uri=uri)
-            case m.GiveState(uri=uri):
-                await self._hypervisor.give_state(vm.name, uri)
-                return m.Received(move=move, nve=nve, at_ns=self._now_ns())
+                return await self._take(order)
+            case m.GiveState():
+                return await self._give(order)
             case m.WakeUp() | m.DropState():
                 why = self._refusal(order)
                 if why is not None:
@@ -93,7 +93,7 @@ class ColdSteps:
                 await self._return(order)
                 return m.Restored(move=move, nve=nve)
             case m.DropCopy():
-                await self._hypervisor.drop_taken(move)
+                await self._drop_taken(order)
                 return m.GivenBack(move=move, nve=nve)
             case m.Count():
                 return await self._count(order)
@@ -133,14 +133,36 @@ class ColdSteps:
         move, nve = order.move, self._nve
         return m.Stopped(move=move, nve=nve, held_ns=0, stop_ns=stop_ns, memory=memory)
 
+    async def _take(self, order: m.TakeState) -> m.Prepared:
+        move, vm, uri = order.move, order.vm, ""
+        if has_state(vm):
+            uri = await self._hypervisor.take_state(move, self._address)
+        disks = await self._images.take(move, moved_disks(vm), self._address)
+        return m.Prepared(move=move, nve=self._nve, uri=uri, disks_uri=" ".join(disks))
+
+    async def _give(self, order: m.GiveState) -> m.Received:
+        """The disks as they are once nobody writes them any more."""
+        if order.uri:
+            await self._hypervisor.give_state(order.vm.name, order.uri)
+        sent = 0
+        for disk, uri in zip(moved_disks(order.vm), order.disks_uri.split(), strict=True):
+            sent += await self._images.give(disk, uri)
+        storage = Storage(total_bytes=sent, sent_bytes=sent)
+        return m.Received(move=order.move, nve=self._nve, at_ns=self._now_ns(), storage=storage)
+
     async def _wake(self, order: m.WakeUp | m.DropState) -> m.Running | m.Crashed:
         """Its interfaces are activated: the push that says so came before (HO-22)."""
         try:
-            await self._hypervisor.keep_state(order.vm.name, order.move)
+            await self._images.keep_taken(order.move, moved_disks(order.vm))
+        except PortFailure as failure:
+            return m.Crashed(move=order.move, nve=self._nve, why=str(failure))
+        try:
+            if has_state(order.vm):
+                await self._hypervisor.keep_state(order.vm.name, order.move)
+                self._seen(order.vm.name, "suspended")
         except PortFailure as failure:
             return m.Crashed(move=order.move, nve=self._nve, why=str(failure), gone=True)
         try:
-            self._seen(order.vm.name, "suspended")
             at_ns = self._now_ns()
             if is_up(order.vm):
                 for port in order.ports:
@@ -154,6 +176,7 @@ class ColdSteps:
 
     async def _drop(self, order: m.WakeUp | m.DropState) -> m.Closed:
         await self._hypervisor.stop(order.vm.name)
+        self._images.remove(moved_disks(order.vm))
         self._seen(order.vm.name, None)
         return await self._count(order)
 
@@ -165,6 +188,11 @@ class ColdSteps:
         if here:  # else it has crashed meanwhile, which has been said
             await self._hypervisor.back_to(order.vm, [port.port for port in order.ports])
             self._seen(name, order.vm.state)
+
+    async def _drop_taken(self, order: m.ColdOrder) -> None:
+        """What was taken for the move and has not become the VM's own."""
+        await self._hypervisor.drop_taken(order.move)
+        await self._images.drop_taken(order.move, moved_disks(order.vm))
 
     async def _count(self, order: m.ColdOrder) -> m.Closed:
         """At the old NVE what other NVEs sent came although they had said that they drop."""

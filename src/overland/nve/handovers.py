@@ -21,15 +21,19 @@ import msgspec
 from overland.mobility import messages as m
 from overland.mobility import new_nve, old_nve, peer_nve
 from overland.mobility.nve import Part, PartStep
-from overland.model.handover import Memory, MovingPort, Packets
+from overland.model.cluster import moved_disks
+from overland.model.handover import Memory, MovingPort, Packets, Storage
 from overland.model.names import bridge_name
 from overland.model.ticket import Seal, Ticket, ticket_refusal
 from overland.nve.journal import Kept, PartJournal
 from overland.nve.moving import Moving
-from overland.ports import HandoverPath, Hypervisor, PortFailure, Tunnel
+from overland.ports import HandoverPath, Hypervisor, Images, PortFailure, Tunnel
 
 WATCH_S = 0.01
 """How often a running transfer is looked at."""
+
+MIRROR_WATCH_S = 0.1
+"""How often the disks that go along are looked at."""
 
 STEER_LIMIT_S = 3.0
 TURN_LIMIT_S = 5.0
@@ -50,7 +54,14 @@ _NOTHING_HERE: dict[type[m.Order], type[m.Closed | m.GivenBack | m.Restored]] = 
     m.GiveBack: m.GivenBack,
     m.Restore: m.Restored,
 }
-_BESIDE = (m.WatchTransfer, m.AwaitStop, m.AwaitCopy, m.TakeCheckpoint, m.AwaitInterval)
+_BESIDE = (
+    m.WatchTransfer,
+    m.WatchMirror,
+    m.AwaitStop,
+    m.AwaitCopy,
+    m.TakeCheckpoint,
+    m.AwaitInterval,
+)
 _MACHINES = {"old": old_nve, "new": new_nve, "peer": peer_nve}
 
 
@@ -84,6 +95,7 @@ class Handovers:
         self,
         nve: str,
         hypervisor: Hypervisor,
+        images: Images,
         path: HandoverPath,
         ground: Ground,
         say: Callable[[m.AnyReport], None],
@@ -95,6 +107,7 @@ class Handovers:
         self._opened = opened
         self._journal = journal
         self._hypervisor = hypervisor
+        self._images = images
         self._path = path
         self._ground = ground
         self._say = say
@@ -256,7 +269,12 @@ class Handovers:
     async def _perform(self, running: _Running, effect: m.Do) -> m.NveEvent:
         """Perform one effect; the answer is its event."""
         performer = _Performer(
-            running, self._hypervisor, self._path, self._ground, self._hold_frames
+            running,
+            self._hypervisor,
+            self._images,
+            self._path,
+            self._ground,
+            self._hold_frames,
         )
         try:
             return await performer.perform(effect)
@@ -351,7 +369,7 @@ def _lasting(part: Part) -> Part:
     Not what changes every few milliseconds; nor how far the stop has come, from which there is only
     the way back (`old_nve`), and in which every write to the disk would be time the VM is deaf.
     """
-    part = msgspec.structs.replace(part, memory=Memory())
+    part = msgspec.structs.replace(part, memory=Memory(), storage=Storage())
     if part.stage != "stopping":
         return part
     return msgspec.structs.replace(
@@ -366,6 +384,7 @@ class _Performer:
         self,
         running: _Running,
         hypervisor: Hypervisor,
+        images: Images,
         path: HandoverPath,
         ground: Ground,
         hold_frames: int,
@@ -373,6 +392,7 @@ class _Performer:
         self._running = running
         self._part = running.part
         self._hypervisor = hypervisor
+        self._images = images
         self._path = path
         self._ground = ground
         self._hold_frames = hold_frames
@@ -460,6 +480,36 @@ class _Performer:
         at_ns = await self._hypervisor.received(self._vm, COPY_LIMIT_S)
         return m.Done(effect="AwaitCopy", number=at_ns)
 
+    async def _OfferDisks(self, _: m.Do) -> m.Done:
+        assert self._part.vm is not None
+        uri = await self._hypervisor.offer_disks(self._part.vm, self._part.ports[0].new)
+        return m.Done(effect="OfferDisks", text=uri)
+
+    async def _WithdrawDisks(self, _: m.Do) -> None:
+        await self._hypervisor.withdraw_disks(self._vm)
+        await self._images.settle(moved_disks(self._part.vm))
+
+    async def _KeepDisks(self, _: m.Do) -> None:
+        self._images.keep(self._vm)
+
+    async def _RemoveDisks(self, _: m.Do) -> None:
+        self._images.remove(moved_disks(self._part.vm))
+
+    async def _BeginMirror(self, effect: m.Do) -> None:
+        assert isinstance(effect, m.BeginMirror)
+        assert self._part.vm is not None
+        await self._hypervisor.begin_mirror(self._part.vm, effect.uri, effect.bytes_per_s)
+
+    async def _WatchMirror(self, _: m.Do) -> m.MirrorSeen:
+        await asyncio.sleep(MIRROR_WATCH_S)
+        return m.MirrorSeen(storage=await self._hypervisor.mirrored(self._vm))
+
+    async def _EndMirror(self, _: m.Do) -> None:
+        await self._hypervisor.end_mirror(self._vm)
+
+    async def _SendRest(self, _: m.Do) -> None:
+        await self._hypervisor.send_rest(self._vm)
+
     async def _BeginSend(self, effect: m.Do) -> None:
         assert isinstance(effect, m.BeginSend)
         await self._hypervisor.send(self._vm, effect.uri, effect.bytes_per_s)
@@ -525,7 +575,9 @@ class _Performer:
         return m.Done(effect="SteerHere", number=_now_ns(), back=effect.back)
 
     async def _TakeDigest(self, _: m.Do) -> m.Done:
-        return m.Done(effect="TakeDigest", text=await self._hypervisor.digest(self._vm))
+        digests = [await self._hypervisor.digest(self._vm)]
+        digests += [await self._images.digest(each) for each in moved_disks(self._part.vm)]
+        return m.Done(effect="TakeDigest", text=" ".join(digests))
 
     async def _Unmute(self, _: m.Do) -> None:
         for port in self._part.ports:
@@ -564,7 +616,7 @@ class _Performer:
     async def _DropStale(self, _: m.Do) -> m.NveEvent | None:
         if await self._hypervisor.state(self._vm) in ("running", "paused"):
             return m.Broken(effect="DropStale", why=f"a copy of {self._vm} runs here")
-        await self._hypervisor.stop(self._vm)
+        await self._end_copy()
         return None
 
     async def _StopCopy(self, _: m.Do) -> None:
@@ -573,7 +625,12 @@ class _Performer:
             # It was activated, and the part on disk is from before that (HO-36).
             log.warning("the copy of %s runs: it is left alone", self._vm)
             return
+        await self._end_copy()
+
+    async def _end_copy(self) -> None:
         await self._hypervisor.stop(self._vm)
+        if self._part.role == "new":
+            self._images.drop(self._vm)  # what was made for the copy goes with it
 
     async def _CleanUp(self, effect: m.Do) -> m.Done:
         assert isinstance(effect, m.CleanUp)

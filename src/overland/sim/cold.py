@@ -11,10 +11,10 @@ from types import coroutine
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from overland.mobility import messages as m
-from overland.model.cluster import Vm
+from overland.model.cluster import Disk, Vm
 from overland.model.ticket import Ticket
 from overland.nve.cold import ColdSteps
-from overland.ports import Hypervisor, HypervisorFailure, KernelFailure, RunState
+from overland.ports import Hypervisor, HypervisorFailure, Images, KernelFailure, RunState
 from overland.sim.domain import address_of, host_at
 
 if TYPE_CHECKING:
@@ -208,6 +208,10 @@ class SimHypervisor:
         self.taken[move] = state
         return True
 
+    def moves(self) -> list[str]:
+        """The moves for which a state was taken, or is waited for."""
+        return sorted({*self.taken, *self._takes})
+
     async def drop_taken(self, move: str) -> None:
         self._takes.discard(move)
         self.taken.pop(move, None)
@@ -229,6 +233,20 @@ class SimHypervisor:
         self.saved = self.saving = None
 
 
+class NoImages:
+    """The simulated VM has no disk that goes along."""
+
+    async def take(self, move: str, disks: Sequence[Disk], listen: str) -> list[str]:
+        del move, disks, listen
+        return []
+
+    async def keep_taken(self, move: str, disks: Sequence[Disk]) -> None: ...
+
+    async def drop_taken(self, move: str, disks: Sequence[Disk]) -> None: ...
+
+    def remove(self, disks: Sequence[Disk]) -> None: ...
+
+
 class _Job:
     def __init__(self, order: m.ColdOrder, work: Coroutine[Any, Any, m.AnyReport]) -> None:
         self.order = order
@@ -244,6 +262,7 @@ class SimColdMoves:
             host.name,
             address_of(host.name),
             cast("Hypervisor", host.hypervisor),
+            cast("Images", NoImages()),
             self,
             cast("Callable[[Any], Ticket | str]", lambda ticket: ticket or "no ticket"),
             lambda _vm, _state: None,

@@ -31,6 +31,7 @@ from overland.nva.handovers import (
     Effects,
     Step,
     begins_to_close,
+    drop_kept,
     farewells,
     last_orders,
     marked_at,
@@ -466,7 +467,7 @@ class World:
         self._keep(host)
         self.subscribers.connected(host, dict(host.agent.revisions.newest))
         moves = [host.part.move] if host.part is not None else []
-        moves += sorted(host.hypervisor.taken)
+        moves += host.hypervisor.moves()
         self._step(m.Back(nve=host.name))
         self._settle(host, moves)
         unsent, host.unsent = host.unsent, []
@@ -507,12 +508,10 @@ class World:
             self.later(RETRY_S, self._in_this_life(lambda: self._vm_state(state)))
             return
         at_once(self.authority.vm_state(VM, state))
-        vm = self.authority.vm(VM)
         alive = self.authority.is_alive(VM, state)
         point = at_once(self.authority.no_recovery(VM)) if alive else None
         if point is not None and point.mode == "cold":
-            host = self.hosts[point.old_nve]
-            self._wire(host, "down", lambda: host.cold.stop_stale(vm, may_be_last=False))
+            self._tell(point.old_nve, drop_kept(point))
 
     def crashed(self, host: SimHost) -> None:
         """Its hypervisor says that the VM's process has ended (daemon/nve.py, `_watch`)."""

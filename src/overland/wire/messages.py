@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from overland.mobility.messages import AnyOrder, AnyReport, ColdOrder
-from overland.model.cluster import Host, Mapping, Vm
+from overland.model.cluster import Disk, DiskState, Host, Mapping, Vm
 from overland.model.forecast import Gauge
 from overland.model.nve import VnChange, VnIntent
 
@@ -85,6 +85,13 @@ class FilesAnswer(Message, frozen=True, kw_only=True, tag=True):
 
     id: int
     missing: tuple[str, ...]
+
+
+class DisksAnswer(Message, frozen=True, kw_only=True, tag=True):
+    """To a DisksQuestion with the same `id`: what is there of each disk, in order."""
+
+    id: int
+    states: tuple[DiskState, ...]
 
 
 class Resync(Message, frozen=True, kw_only=True, tag=True):
@@ -185,6 +192,13 @@ class FilesQuestion(Message, frozen=True, kw_only=True, tag=True):
     paths: tuple[str, ...]
 
 
+class DisksQuestion(Message, frozen=True, kw_only=True, tag=True):
+    """What does this host have of these disks, and room for? (R-55) Answered by DisksAnswer."""
+
+    id: int
+    disks: tuple[Disk, ...]
+
+
 class Answer(Message, frozen=True, kw_only=True, tag=True):
     """To a Query. Without a mapping it is a negative answer (N-18) for `lifetime_100ms`.
 
@@ -210,6 +224,7 @@ FromNve = (
     | VmAnswer
     | HostAnswer
     | FilesAnswer
+    | DisksAnswer
     | Resync
     | Query
     | Unsupported
@@ -223,6 +238,7 @@ FromNva = (
     | VmOrder
     | HostQuestion
     | FilesQuestion
+    | DisksQuestion
     | Answer
     | Unsupported
 )

@@ -1,0 +1,393 @@
+"""Disks of real VMs, written to without a pause: they go along, stay whole, or nothing moves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from overland.lab import lab as labs
+from overland.lab.topology import LABS, topology
+from tests.lab.chaos import Lab, ok, run
+
+LAB = "ovdisk"
+SECTOR, RING, FIRST = 512, 64, 1024
+"""As in overland/lab/guest_files/journal.c."""
+
+DATA = 48 << 20
+"""What is in the disk before anybody writes to it, in bytes."""
+
+pytestmark = [pytest.mark.root, pytest.mark.qemu, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        lab = Lab(LAB)
+        try:
+            lab.up()
+            create("db", "h1", "data.raw,size=256MiB,kind=moved")
+            guest("db", "dd if=/dev/urandom of=/dev/vda bs=1M count=48 seek=32 conv=fsync")
+            yield lab
+        finally:
+            lab.down()
+
+
+def create(vm: str, host: str, *disks: str) -> dict[str, Any]:
+    words = [word for disk in disks for word in ("--disk", disk)]
+    made = ok("vm", "create", vm, "--host", host, "--network", "blue", *words, "-o", "json")
+    guest(vm, "true")  # it has booted
+    return dict(made)
+
+
+def guest(vm: str, command: str) -> str:
+    return str(ok("lab", "guest", vm, "--name", LAB, "--", command))
+
+
+def disks(host: str) -> Path:
+    return LABS / LAB / "run" / host / "disks"
+
+
+def place(vm: str) -> str:
+    return str(ok("vm", "show", vm, "-o", "json")["host"])
+
+
+def elsewhere(vm: str) -> str:
+    return "h2" if place(vm) != "h2" else "h3"
+
+
+class Writer:
+    """The guest's writer of numbered records."""
+
+    def __init__(self, vm: str) -> None:
+        self.vm = vm
+        start = "(journal /dev/vda 200 /tmp/told </dev/null >/tmp/said 2>&1 &)"
+        guest(vm, f"killall journal 2>/dev/null; {start}")
+
+    def acknowledged(self) -> int:
+        return int(guest(self.vm, "od -A n -t d8 /tmp/told") or 0)
+
+    def goes_on(self) -> None:
+        before = self.acknowledged()
+        wait_for(lambda: self.acknowledged() > before)
+
+    def stopped_at(self) -> int:
+        guest(self.vm, "killall journal; sleep 0.1")
+        assert guest(self.vm, "cat /tmp/said") == ""
+        return self.acknowledged()
+
+
+def lost_nothing(image: Path, acknowledged: int) -> None:
+    """Each acknowledged record is where it was written, and none came back over a later one."""
+    data = image.read_bytes()
+
+    def record(sector: int) -> int:
+        numbers = set(struct.unpack_from(f"{SECTOR // 8}Q", data, sector * SECTOR))
+        assert len(numbers) == 1, f"sector {sector} is torn"
+        return int(numbers.pop())
+
+    assert acknowledged > RING
+    for number in range(1, acknowledged + 1):
+        assert record(FIRST + number) == number
+    for number in range(acknowledged - RING + 2, acknowledged + 1):
+        assert record(number % RING) == number
+    assert record((acknowledged + 1) % RING) in (acknowledged + 1, acknowledged + 1 - RING)
+
+
+def wait_for(true: Callable[[], Any]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+@pytest.mark.req("R-53")
+@pytest.mark.req("R-56")
+def test_a_disk_goes_along_under_a_writer_that_waits_for_each_write(lab: Lab) -> None:
+    """No acknowledged write is lost, none comes twice, and both images are equal at equality."""
+    writer = Writer("db")
+    old, new = place("db"), elsewhere("db")
+    writer.goes_on()
+    receipt = ok("vm", "migrate", "db", "--to", new, "--verify", "-o", "json")
+    assert receipt["outcome"] == "moved"
+    assert len(receipt["storage"]["digests"][0]) == 64
+    assert receipt["storage"]["sent_bytes"] >= 256 << 20
+    writer.goes_on()
+    image = disks(new) / "data.raw"
+    lost_nothing(image, writer.stopped_at())
+    assert image.stat().st_blocks * 512 < 64 << 20, "holes are not filled"
+    assert not (disks(old) / "data.raw").exists()
+    assert list(disks(old).iterdir()) == []
+
+
+@pytest.mark.req("R-53")
+@pytest.mark.req("R-56")
+def test_a_disk_goes_along_cold_with_a_vm_that_was_writing(lab: Lab) -> None:
+    """The writer is stopped in the middle of a write or between two, and goes on from there."""
+    writer = Writer("db")
+    old, new = place("db"), elsewhere("db")
+    writer.goes_on()
+    receipt = ok("vm", "migrate", "db", "--to", new, "--cold", "-o", "json")
+    assert (receipt["mode"], receipt["outcome"]) == ("cold", "moved")
+    writer.goes_on()
+    image = disks(new) / "data.raw"
+    lost_nothing(image, writer.stopped_at())
+    assert image.stat().st_blocks * 512 < 64 << 20, "holes are not filled"
+    assert list(disks(old).iterdir()) == []
+
+
+def mirroring(new: str) -> str:
+    """Begin a slow move of `db` to `new`; its id, once a part of the disk has gone."""
+    move = ok("vm", "migrate", "db", "--to", new, "--bandwidth", "8MiB", "--no-wait").strip()
+
+    def begun() -> bool:
+        receipt = ok("migration", "show", move, "-o", "json")
+        assert receipt["outcome"] == "open", receipt["reason"]
+        return bool(receipt["storage"]["sent_bytes"])
+
+    wait_for(begun)
+    return str(move)
+
+
+def came_home(move: str, old: str, new: str) -> None:
+    receipt = wait_ended(move)
+    assert receipt["outcome"] == "aborted", receipt
+    assert place("db") == old
+    nothing_left(new)
+
+
+def nothing_left(host: str) -> None:
+    """Of an image that is not the VM's own, or of a state."""
+    wait_for(lambda: list(disks(host).iterdir()) == [])
+    run_dir = LABS / LAB / "run" / host
+    assert not [*run_dir.glob("images/*"), *run_dir.glob("taken/*"), *run_dir.glob("suspended/*")]
+
+
+def wait_ended(move: str) -> dict[str, Any]:
+    wait_for(
+        lambda: ok("migration", "show", move, "-o", "json")["outcome"] not in ("open", "unknown")
+    )
+    return dict(ok("migration", "show", move, "-o", "json"))
+
+
+def cut(lab: Lab, old: str, new: str) -> None:
+    lab.cut(new, 6.0)
+
+
+def kill_new(lab: Lab, old: str, new: str) -> None:
+    pid = int((LABS / LAB / "run" / new / "db" / "pid").read_text())
+    os.kill(pid, signal.SIGKILL)
+
+
+def restart_old(lab: Lab, old: str, new: str) -> None:
+    labs.restart(topology(LAB, 3), old)
+
+
+def restart_new(lab: Lab, old: str, new: str) -> None:
+    """It goes on: QEMU serves the images, not the daemon. So the operator aborts."""
+    labs.restart(topology(LAB, 3), new)
+    run("migration", "abort", ok("vm", "show", "db", "-o", "json")["move"])
+
+
+@pytest.mark.req("R-14")
+@pytest.mark.req("R-53")
+@pytest.mark.parametrize("fault", [cut, kill_new, restart_old, restart_new])
+def test_a_fault_while_a_disk_is_copied_leaves_the_vm_writing_where_it_was(
+    lab: Lab, fault: Callable[[Lab, str, str], None]
+) -> None:
+    old, new = place("db"), elsewhere("db")
+    writer = Writer("db")
+    move = mirroring(new)
+    fault(lab, old, new)
+    came_home(move, old, new)
+    writer.goes_on()
+    lost_nothing(disks(old) / "data.raw", writer.stopped_at())
+    lab.until_ready()
+
+
+@contextlib.contextmanager
+def carrying(old: str, new: str) -> Iterator[str]:
+    """A cold move of `db`, slow until the end of the block, a part of whose disk has gone."""
+    qdisc = ["tc", "-n", f"ovl-{LAB}-{old}", "qdisc"]
+    limit = ["rate", "128mbit", "burst", "256kb", "latency", "50ms"]
+    subprocess.run([*qdisc, "add", "dev", "underlay", "root", "tbf", *limit], check=True)
+    try:
+        move = ok("vm", "migrate", "db", "--to", new, "--cold", "--no-wait").strip()
+        wait_for(lambda: [*disks(new).glob(".data.raw.part")])
+        yield str(move)
+    finally:
+        subprocess.run([*qdisc, "del", "dev", "underlay", "root"], check=True)
+
+
+def abort(lab: Lab, old: str, new: str) -> None:
+    run("migration", "abort", ok("vm", "show", "db", "-o", "json")["move"])
+
+
+def just_restart_new(lab: Lab, old: str, new: str) -> None:
+    labs.restart(topology(LAB, 3), new)
+
+
+@pytest.mark.req("R-14")
+@pytest.mark.req("R-53")
+@pytest.mark.parametrize("fault", [cut, abort, restart_old, just_restart_new])
+def test_a_fault_while_a_disk_is_carried_leaves_one_whole_disk(
+    lab: Lab, fault: Callable[[Lab, str, str], None]
+) -> None:
+    """When link or NVE are back the disk is carried on, or the move turns back; never a half."""
+    old, new = place("db"), elsewhere("db")
+    writer = Writer("db")
+    writer.goes_on()
+    with carrying(old, new) as move:
+        fault(lab, old, new)
+    receipt = wait_ended(move)
+    assert receipt["outcome"] in ("moved", "aborted")
+    assert receipt["outcome"] == "aborted" or fault is not abort
+    here = new if receipt["outcome"] == "moved" else old
+    assert place("db") == here
+    nothing_left(old if here == new else new)
+    writer.goes_on()
+    lost_nothing(disks(here) / "data.raw", writer.stopped_at())
+    lab.until_ready()
+
+
+@pytest.fixture
+def small(lab: Lab) -> Iterator[str]:
+    """A host whose disk folder has room for 96 MiB."""
+    new = elsewhere("db")
+    folder = disks(new)
+    folder.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96M", "tmpfs", folder], check=True)
+    yield new
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(host: str, leave_bytes: int = 1 << 20) -> None:
+    """Take the room that is left beside the disks of `host`, but for so much."""
+    free = os.statvfs(disks(host))
+    with (disks(host) / "ballast").open("wb") as ballast:
+        os.posix_fallocate(ballast.fileno(), 0, free.f_bavail * free.f_frsize - leave_bytes)
+
+
+def came_home_from_a_full_host(move: str, full: str) -> None:
+    receipt = wait_ended(move)
+    assert receipt["outcome"] == "aborted"
+    assert "No space left" in receipt["reason"]
+    assert "\n" not in receipt["reason"]
+    wait_for(lambda: [path.name for path in disks(full).iterdir()] == ["ballast"])
+
+
+@pytest.mark.req("R-55")
+@pytest.mark.parametrize("part", [0.1, 0.9])
+def test_a_host_that_fills_up_while_a_disk_is_copied_takes_nothing(
+    lab: Lab, small: str, part: float
+) -> None:
+    old = place("db")
+    writer = Writer("db")
+    move = mirroring(small)
+    copied = (disks(small) / "data.raw").stat().st_blocks * 512
+    fill(small, max(1 << 20, int(part * DATA) - copied))
+    came_home_from_a_full_host(move, small)
+    writer.goes_on()
+    lost_nothing(disks(old) / "data.raw", writer.stopped_at())
+
+
+@pytest.mark.req("R-55")
+def test_a_host_that_fills_up_while_a_disk_is_carried_takes_nothing(lab: Lab, small: str) -> None:
+    old = place("db")
+    writer = Writer("db")
+    writer.goes_on()
+    with carrying(old, small) as move:
+        fill(small)
+    came_home_from_a_full_host(move, small)
+    writer.goes_on()
+    lost_nothing(disks(old) / "data.raw", writer.stopped_at())
+
+
+def refused(*arguments: str) -> str:
+    done = run(*arguments)
+    assert done.returncode == 3, done.stderr or done.stdout
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.req("R-55")
+def test_what_stands_in_a_disks_way_is_said_before_anything_moves(lab: Lab, small: str) -> None:
+    move = ("vm", "migrate", "db", "--to", small)
+    with (disks(small) / "ballast").open("wb") as ballast:
+        os.posix_fallocate(ballast.fileno(), 0, 80 << 20)
+    assert "(code no_space)" in refused(*move)
+    assert "(code no_space)" in refused(*move, "--dry-run")
+    (disks(small) / "ballast").rename(disks(small) / "data.raw")
+    assert "(code file_in_the_way)" in refused(*move)
+    assert (disks(small) / "data.raw").stat().st_size == 80 << 20
+    assert "(code disk_differs)" in refused(*move, "--shared-storage")
+    (disks(small) / "data.raw").unlink()
+    assert "(code file_missing)" in refused(*move, "--shared-storage")
+    assert "(code unsupported_disk)" in refused(*move, "--leave-storage")
+
+
+@pytest.mark.req("R-55")
+def test_a_disk_that_a_vm_cannot_have_is_refused(lab: Lab, tmp_path: Path) -> None:
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    image = ["qemu-img", "create", "-q", "-f", "qcow2"]
+    subprocess.run([*image, base, "64M"], check=True)
+    subprocess.run([*image, "-b", base, "-F", "qcow2", top], check=True)
+    make = ("vm", "create", "x", "--host", "h1", "--network", "blue", "--disk")
+    assert "(code file_missing)" in refused(*make, "nowhere.raw")
+    assert "(code disk_format)" in refused(*make, f"{base},format=raw")
+    assert "(code disk_chain)" in refused(*make, f"{top},kind=moved")
+    assert "(code unsupported_disk)" in refused(*make, f"{base},kind=left")
+    create("chained", "h2", str(top))
+    along = ("vm", "migrate", "chained", "--to", "h3", "--with-storage")
+    assert "(code disk_chain)" in refused(*along)
+    ok("vm", "delete", "chained")
+    create("holder", "h2", str(base))
+    assert "(code disk_in_use)" in refused(*make, str(base))
+    receipt = ok("vm", "migrate", "holder", "--to", "h3", "-o", "json")
+    assert receipt["outcome"] == "moved", "a shared disk is the same file there"
+    assert "(code file_in_the_way)" in refused(
+        "vm", "migrate", "holder", "--to", "h1", "--with-storage"
+    )
+    ok("vm", "delete", "holder")
+    assert run(*make, str(base)).returncode == 0
+    ok("vm", "delete", "x")
+
+
+@pytest.mark.req("R-34")
+@pytest.mark.req("R-56")
+@pytest.mark.parametrize("rest", ["stop", "suspend"])
+def test_a_disk_goes_along_with_a_vm_at_rest(lab: Lab, rest: str) -> None:
+    create("cold", "h1", "cold.raw,size=64MiB,kind=moved")
+    guest("cold", "dd if=/dev/urandom of=/dev/vda bs=1M count=4 seek=5 conv=fsync")
+    before = guest("cold", "sha256sum /dev/vda")
+    ok("vm", rest, "cold")
+    receipt = ok("vm", "migrate", "cold", "--to", "h2", "--cold", "-o", "json")
+    assert receipt["outcome"] == "moved"
+    assert receipt["storage"]["sent_bytes"] == 64 << 20
+    assert (disks("h2") / "cold.raw").stat().st_blocks * 512 < 8 << 20, "holes are not filled"
+    assert not (disks("h1") / "cold.raw").exists()
+    ok("vm", "start" if rest == "stop" else "resume", "cold")
+    assert guest("cold", "echo 3 > /proc/sys/vm/drop_caches; sha256sum /dev/vda") == before
+    ok("vm", "delete", "cold")
+    (disks("h2") / "cold.raw").unlink()
+
+
+@pytest.mark.req("R-56")
+def test_a_qcow2_image_goes_along_as_one(lab: Lab) -> None:
+    create("cow", "h1", "cow.qcow2,size=128MiB,kind=moved")
+    guest("cow", "dd if=/dev/urandom of=/dev/vda bs=1M count=8 seek=5 conv=fsync")
+    before = guest("cow", "sha256sum /dev/vda")
+    receipt = ok("vm", "migrate", "cow", "--to", "h2", "--verify", "-o", "json")
+    assert receipt["outcome"] == "moved"
+    assert guest("cow", "echo 3 > /proc/sys/vm/drop_caches; sha256sum /dev/vda") == before
+    assert (disks("h2") / "cow.qcow2").stat().st_blocks * 512 < 16 << 20
+    ok("vm", "delete", "cow")
