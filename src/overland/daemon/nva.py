@@ -413,7 +413,7 @@ class Domain:
             await self._forget_kept(name)
 
     def _look_at(self, name: str) -> None:
-        """Ask what there is of VM `name` on its host, unless nothing has to be; a VmReport says it."""
+        """Ask what there is of VM `name` on its host, if anything; a VmReport says it."""
         vm = self.authority.cluster.vms.get(name)
         if vm is not None and vm.state != "shutdown":
             self._wire.send(vm.host, w.VmOrder(id=next(self._numbers), action="look", vm=vm))
