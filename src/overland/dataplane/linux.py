@@ -77,7 +77,7 @@ class LinuxKernel:
     # ------------------------------------------------------------ reading back
 
     async def snapshot(self) -> KernelState:
-        links, names = await self._links(self._nft.routed())
+        links, names = await _links(self._ip, self._nft.routed())
         bridges = {link.name for link in links if link.kind == "bridge"}
         vxlans = {link.name for link in links if link.kind == "vxlan"}
         bridge_entries, tunnel_entries = await self._entries(names, bridges, vxlans)
@@ -98,12 +98,6 @@ class LinuxKernel:
                 InTransit(port=port, mac=mac) for port, mac in self._nft.in_transit()
             ),
         )
-
-    async def _links(self, routed: set[str]) -> tuple[list[Link], dict[int, str]]:
-        messages = [message async for message in await self._ip.get_links()]
-        names = {message["index"]: message.get_attr("IFLA_IFNAME") for message in messages}
-        links = [_read_link(message, names, routed) for message in messages]
-        return [link for link in links if link is not None], names
 
     async def _entries(
         self, names: dict[int, str], bridges: set[str], vxlans: set[str]
@@ -132,7 +126,9 @@ class LinuxKernel:
         return found
 
     async def dropped_in_transit(self, bridge: str, mac: str) -> dict[str, int]:
-        links, _ = await self._links(set())
+        # Asked for by a move while the agent may be reading: one socket answers one dump at a time.
+        async with AsyncIPRoute() as ip:
+            links, _ = await _links(ip, set())
         ports = [link.name for link in links if link.master == bridge]
         return {port: self._nft.take_count(port, mac) for port in ports}
 
@@ -312,6 +308,13 @@ def _is_routed(name: str, kind: str, port: Any, routed: set[str]) -> bool:
     closed = not any(port.get_attr(f"IFLA_BRPORT_{flag}") for flag in flags)
     apart = bool(port.get_attr("IFLA_BRPORT_ISOLATED")) and name in routed
     return closed and (apart or kind == "vxlan")
+
+
+async def _links(ip: AsyncIPRoute, routed: set[str]) -> tuple[list[Link], dict[int, str]]:
+    messages = [message async for message in await ip.get_links()]
+    names = {message["index"]: message.get_attr("IFLA_IFNAME") for message in messages}
+    links = [_read_link(message, names, routed) for message in messages]
+    return [link for link in links if link is not None], names
 
 
 def _read_link(message: Any, names: dict[int, str], routed: set[str]) -> Link | None:

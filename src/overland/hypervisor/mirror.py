@@ -61,17 +61,10 @@ async def offer(do: Qmp, nodes: list[str], address: str, port: int, tls: Path) -
 
 async def withdraw(do: Qmp) -> None:
     """Nobody but this QEMU writes its images any more; content when nobody could."""
-    for export in await do("query-block-exports"):
-        await do("block-export-del", id=export["id"], mode="hard")
-    deadline_s = time.monotonic() + END_LIMIT_S
-    while await do("query-block-exports"):
-        if time.monotonic() > deadline_s:
-            raise HypervisorFailure(f"the old host held a disk longer than {END_LIMIT_S:g} s")
-        await asyncio.sleep(0.001)
     with suppress(HypervisorFailure):  # it was stopped before
-        await do("nbd-server-stop")
-    with suppress(HypervisorFailure):
-        await do("object-del", id=_tls_id("server"))
+        await do("nbd-server-stop")  # closes each export, and returns when all are closed
+    if await do("query-block-exports"):
+        raise HypervisorFailure("the old host still has a disk open")
 
 
 async def begin(do: Qmp, nodes: list[str], uri: str, bytes_per_s: int, tls: Path) -> None:
@@ -136,14 +129,16 @@ class Progress:
 
 
 async def end(do: Qmp) -> None:
-    """With the VM stopped: bring the copies up to it, flush them, and let them go."""
-    names = [job["id"] for job in await _jobs(do)]
-    await _until(do, names, "ready")
+    """With the VM stopped: bring the copies up to it, and flush them.
+
+    What is left of the jobs goes with this QEMU, or in `give_up`: it would take time here, in which
+    the VM is deaf.
+    """
+    names = [job["id"] for job in await _until(do, None, "ready")]
     for name in names:
         await do("block-job-cancel", device=name)  # of a job that is ready: no more, but whole
     for job in await _until(do, names, "concluded"):
         _stop_if_failed(job)
-    await _clear(do)
 
 
 async def cut(oob: Qmp) -> None:
@@ -179,11 +174,11 @@ async def _clear(do: Qmp) -> None:
         await do("object-del", id=_tls_id("client"))
 
 
-async def _until(do: Qmp, names: list[str], status: str) -> list[dict[str, Any]]:
-    """The jobs `names` once all of them are `status`, or have ended."""
+async def _until(do: Qmp, names: list[str] | None, status: str) -> list[dict[str, Any]]:
+    """The jobs `names`, or all, once all of them are `status`, or have ended."""
     deadline_s = time.monotonic() + END_LIMIT_S
     while True:
-        jobs = [job for job in await _jobs(do) if job["id"] in names]
+        jobs = [job for job in await _jobs(do) if names is None or job["id"] in names]
         if all(job["status"] in (status, "concluded") for job in jobs):
             return jobs
         if time.monotonic() > deadline_s:
