@@ -316,6 +316,9 @@ def _failing(
 
 
 def _prepared(record: Handover, event: Prepared, now_s: float, now_ns: int) -> Step:
+    if record.phase == "precopy" and event.nve == record.old_nve:
+        # Restarted with a full disk it has begun anew: it has to be told again (HO-65).
+        return record, (_send(record),)
     if record.phase != "planned" or event.nve not in record.waiting:
         return record, ()
     record = msgspec.structs.replace(
