@@ -119,7 +119,7 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             # It had come further than its disk had room to say, and was restarted (HO-58). It has
             # steered, or there would be no commit; perhaps nobody is left to answer its marker.
             part = msgspec.structs.replace(part, version=version, failure=None)
-            return to(part, "activating", *_AGAIN, *_RUN)
+            return to(part, "activating", *_AGAIN, *_run(part))
         case "whole" | "activating", Activate(version=version):
             part = msgspec.structs.replace(part, version=version)
             return to(part, "activating", *_run(part))
@@ -198,7 +198,8 @@ def _stood_behind(part: Part, effect: str) -> tuple[Do, ...]:
 
 def _run(part: Part) -> tuple[Do, ...]:
     """From here on the images are the VM's, whatever becomes of this copy."""
-    return (KeepDisks(), *_RUN) if part.disks_uri else _RUN
+    disks = part.vm is not None and moved_disks(part.vm)
+    return (KeepDisks(), *_RUN) if disks else _RUN
 
 
 def _whole(part: Part) -> PartStep:
