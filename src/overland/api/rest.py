@@ -20,13 +20,14 @@ from overland.model.cluster import (
     Interface,
     Leg,
     Network,
+    Policy,
     Record,
     Refused,
     Vm,
 )
 from overland.model.forecast import Forecast
 from overland.model.handover import Handover, Options
-from overland.model.receipt import receipt
+from overland.model.receipt import receipt, timestamp
 from overland.nva.authority import Authority, Blocked
 from overland.ports import StoreFailure
 
@@ -46,6 +47,10 @@ class Service(Protocol):
     authority: Authority
 
     async def create_gateway(self, wish: GatewayWish) -> Gateway: ...
+
+    async def allow(self, one: str, other: str) -> tuple[Policy, list[str]]: ...
+
+    async def deny(self, one: str, other: str) -> tuple[Policy, list[str]]: ...
 
     async def create_vm(self, wish: Vm) -> Vm: ...
 
@@ -82,6 +87,12 @@ class GatewayWish(Record, frozen=True, kw_only=True):
     network: str
     host: str
     leg: Leg
+
+
+class PolicyWish(Record, frozen=True, kw_only=True):
+    """Body of POST /v1/policies: tenants of these two may talk."""
+
+    networks: tuple[str, str]
 
 
 class VmWish(Record, frozen=True, kw_only=True):
@@ -173,6 +184,7 @@ def create_app(service: Service) -> FastAPI:
 
     _records(app, service)
     _gateways(app, service)
+    _policies(app, service)
     _machines(app, service)
     _moves(app, service)
     return app
@@ -240,6 +252,28 @@ def _gateways(app: FastAPI, service: Service) -> None:
     async def delete_gateway(network: str) -> Response:
         await authority.delete_gateway(network)
         return Response(status_code=204)
+
+
+def _policies(app: FastAPI, service: Service) -> None:
+    """`waiting`: hosts that did not have it in their kernels when the answer was given."""
+    authority = service.authority
+
+    def answer(policy: Policy, waiting: list[str], *, allowed: bool) -> JSONResponse:
+        return _json({"networks": policy.networks, "allowed": allowed, "waiting": waiting})
+
+    @app.get("/v1/policies")
+    async def policies() -> JSONResponse:
+        every = sorted(authority.cluster.policies.values(), key=lambda each: each.networks)
+        return _json([{"networks": p.networks, "since": timestamp(p.at_ns)} for p in every])
+
+    @app.post("/v1/policies")
+    async def allow(request: Request) -> JSONResponse:
+        wish = await _body(request, PolicyWish)
+        return answer(*await service.allow(*wish.networks), allowed=True)
+
+    @app.delete("/v1/policies/{one}/{other}")
+    async def deny(one: str, other: str) -> JSONResponse:
+        return answer(*await service.deny(one, other), allowed=False)
 
 
 def _machines(app: FastAPI, service: Service) -> None:

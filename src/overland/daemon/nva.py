@@ -40,7 +40,7 @@ from overland.mobility.messages import (
     Retire,
     WakeUp,
 )
-from overland.model.cluster import Gateway, Mapping, Refused, Vm
+from overland.model.cluster import Gateway, Mapping, Policy, Refused, Vm
 from overland.model.forecast import Forecast
 from overland.model.handover import ENDED, Handover, Options
 from overland.model.receipt import receipt, timestamp
@@ -585,6 +585,46 @@ class Domain:
             hint = f"is there a bridge {gateway.leg.bridge}? The log of its NVE has the reason"
             raise Blocked([Refused(code="failed", what=what, why=why, hint=hint)])
         return gateway
+
+    async def allow(self, one: str, other: str) -> tuple[Policy, list[str]]:
+        """Let tenants of two VNs talk; the hosts that do not have it in their kernels in time."""
+        policy = await self.authority.allow(one, other)
+        return policy, await self._agreed(policy, set())
+
+    async def deny(self, one: str, other: str) -> tuple[Policy, list[str]]:
+        """End that; the hosts on which they may still talk after some time."""
+        before = self._joined((one, other))
+        policy = await self.authority.deny(one, other)
+        return policy, await self._agreed(policy, before)
+
+    def _joined(self, networks: tuple[str, str]) -> set[str]:
+        return set().union(*(self.authority.cluster.places(network) for network in networks))
+
+    async def _agreed(self, policy: Policy, before: set[str]) -> list[str]:
+        """Wait until all hosts of two VNs, and those that were, have what is allowed now."""
+
+        def missing() -> list[str]:
+            cluster = self.authority.cluster
+            living = {
+                host for host in before | self._joined(policy.networks) if host in cluster.hosts
+            }
+            return sorted(
+                host
+                for host in living
+                if not cluster.hosts[host].dead
+                and not all(self._has_allowed(host, network) for network in policy.networks)
+            )
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ASSOCIATE_LIMIT_S), self._acks:
+                await self._acks.wait_for(lambda: not set(missing()) & self._wire.hosts())
+        return missing()
+
+    def _has_allowed(self, host: str, network: str) -> bool:
+        has, view = self._pushes.in_kernel(host, network), self._view(network)
+        if host not in self._wire.hosts() or view is None:
+            return False
+        return has.allowed == view.allowed if has is not None else not view.includes(host)
 
     def _stop_if_moving(self, vm: Vm) -> None:
         if vm.move is not None:

@@ -163,6 +163,21 @@ class Gateway(Record, frozen=True, kw_only=True):
         return f"gateway/{self.host}"
 
 
+class Policy(Record, frozen=True, kw_only=True):
+    """Tenants of two routed VNs may talk with each other, both ways; without it none do (N-15).
+
+    `networks` are in the order of their names. `at_ns`: since when, CLOCK_REALTIME at the NVA.
+    """
+
+    networks: tuple[str, str]
+    at_ns: int
+
+    @property
+    def key(self) -> str:
+        """There is one of each pair."""
+        return ",".join(self.networks)
+
+
 class Mapping(Record, frozen=True, kw_only=True):
     """(VN, tenant address) to NVE (N-01). `nve` is a host name; its addresses are in `Host`."""
 

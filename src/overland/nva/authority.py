@@ -21,6 +21,7 @@ from overland.model.cluster import (
     Interface,
     Leg,
     Network,
+    Policy,
     Refused,
     Vm,
     VmState,
@@ -33,10 +34,11 @@ from overland.nva.cluster import Cluster
 from overland.nva.gateways import chosen, gateway_blockers, removal_blockers
 from overland.nva.mapping import underlay_address
 from overland.nva.placement import Placement, drain_plan
+from overland.nva.policy import allow_blockers, known_blockers, pair
 from overland.ports import Conflict, Delete, Expect, Ledger, Put, StoreFailure
 
-Kept = Network | Host | Vm | Endpoint | Gateway | Handover
-T = TypeVar("T", Network, Host, Vm, Endpoint, Gateway, Handover)
+Kept = Network | Host | Vm | Endpoint | Gateway | Policy | Handover
+T = TypeVar("T", Network, Host, Vm, Endpoint, Gateway, Policy, Handover)
 
 
 class Blocked(Exception):
@@ -79,6 +81,7 @@ class Authority:
         await self._load("vm/", Vm, self.cluster.vms)
         await self._load("endpoint/", Endpoint, self.cluster.endpoints)
         await self._load("gateway/", Gateway, self.cluster.gateways)
+        await self._load("policy/", Policy, self.cluster.policies)
         moves: dict[str, Handover] = {}
         await self._load("move/", Handover, moves)
         for name, move in moves.items():
@@ -107,6 +110,10 @@ class Authority:
         for key in deletes:
             self._revisions.pop(key, None)
 
+    def _news(self, networks: frozenset[str]) -> None:
+        """What has changed in these may be news to NVEs of those they may talk with, too."""
+        self._changed(self.cluster.near(networks))
+
     # ------------------------------------------------------------ networks
 
     async def create_network(self, wish: Network) -> Network:
@@ -129,7 +136,7 @@ class Authority:
             _stop_if(gateway_blockers(self.cluster, gateway))
             await self._write({f"gateway/{network}": gateway})
             self.cluster.gateways[network] = gateway
-        self._changed(frozenset({network}))
+        self._news(frozenset({network}))
         return gateway
 
     async def delete_gateway(self, network: str) -> None:
@@ -138,7 +145,31 @@ class Authority:
             _stop_if(removal_blockers(self.cluster, network))
             await self._write({}, (f"gateway/{network}",))
             del self.cluster.gateways[network]
-        self._changed(frozenset({network}))
+        self._news(frozenset({network}))
+
+    async def allow(self, one: str, other: str) -> Policy:
+        """From now on tenants of these two VNs may talk; content with being told again."""
+        async with self._lock:
+            policy = pair(one, other, time.time_ns())
+            _stop_if(allow_blockers(self.cluster, policy))
+            if policy.key in self.cluster.policies:
+                return self.cluster.policies[policy.key]
+            await self._write({f"policy/{policy.key}": policy})
+            self.cluster.policies[policy.key] = policy
+        self._news(frozenset(policy.networks))
+        return policy
+
+    async def deny(self, one: str, other: str) -> Policy:
+        """From now on they may not, as by default; content with absence."""
+        async with self._lock:
+            policy = pair(one, other, time.time_ns())
+            _stop_if(known_blockers(self.cluster, policy))
+            if policy.key not in self.cluster.policies:
+                return policy
+            await self._write({}, (f"policy/{policy.key}",))
+            del self.cluster.policies[policy.key]
+        self._news(frozenset(policy.networks))
+        return policy
 
     # ------------------------------------------------------------ hosts
 
@@ -200,7 +231,7 @@ class Authority:
             vm = self.completed(wish)
             await self._write({f"vm/{vm.name}": vm})
             self.cluster.vms[vm.name] = vm
-        self._changed(frozenset(each.network for each in vm.interfaces))
+        self._news(frozenset(each.network for each in vm.interfaces))
         return vm
 
     def completed(self, wish: Vm) -> Vm:
@@ -225,7 +256,7 @@ class Authority:
                 _stop_if([Refused(code="move_in_progress", what=f"vm {name}", why="it is moving")])
             await self._write({}, (f"vm/{name}",))
             del self.cluster.vms[name]
-        self._changed(frozenset(each.network for each in vm.interfaces))
+        self._news(frozenset(each.network for each in vm.interfaces))
 
     async def change_addresses(self, name: str, network: str, changes: dict[str, str | None]) -> Vm:
         """Give the VM's interface in `network` other addresses; the version is raised (H-04).
@@ -242,7 +273,7 @@ class Authority:
             vm = msgspec.structs.replace(vm, interfaces=interfaces, version=vm.version + 1)
             await self._write({f"vm/{name}": vm})
             self.cluster.vms[name] = vm
-        self._changed(frozenset({network}))
+        self._news(frozenset({network}))
         return vm
 
     async def vm_state(self, name: str, state: str, reason: str | None = None) -> None:
@@ -256,7 +287,7 @@ class Authority:
             )
             await self._write({f"vm/{name}": changed})
             self.cluster.vms[name] = changed
-        self._changed(frozenset(each.network for each in vm.interfaces))
+        self._news(frozenset(each.network for each in vm.interfaces))
 
     def _vm(self, name: str) -> Vm:
         vm = self.cluster.vms.get(name)
@@ -284,7 +315,7 @@ class Authority:
             _stop_if(rules.endpoint_blockers(self.cluster, endpoint))
             await self._write({f"endpoint/{endpoint.name}": endpoint})
             self.cluster.endpoints[endpoint.name] = endpoint
-        self._changed(frozenset({interface.network}))
+        self._news(frozenset({interface.network}))
         return endpoint
 
     async def delete_endpoint(self, name: str) -> None:
@@ -302,7 +333,7 @@ class Authority:
                 )
             await self._write({}, (f"endpoint/{name}",))
             del self.cluster.endpoints[name]
-        self._changed(frozenset({endpoint.interface.network}))
+        self._news(frozenset({endpoint.interface.network}))
 
     # ------------------------------------------------------------ moves
 
@@ -353,7 +384,7 @@ class Authority:
             )
             await self._write({f"vm/{name}": vm})
             self.cluster.vms[name] = vm
-        self._changed(frozenset(each.network for each in vm.interfaces))
+        self._news(frozenset(each.network for each in vm.interfaces))
         return vm
 
     async def begin_move(
@@ -388,7 +419,7 @@ class Authority:
             await self._write({f"move/{move_id}": record, f"vm/{name}": moving})
             self.cluster.vms[name] = moving
             self.cluster.moves[move_id] = record
-        self._changed(frozenset(port.network for port in record.ports))
+        self._news(frozenset(port.network for port in record.ports))
         return record
 
     def _planned(self, move_id: str, vm: Vm, to: str, options: Options) -> Handover:
@@ -458,7 +489,7 @@ class Authority:
             if vm is not None:
                 self.cluster.vms[vm.name] = vm
         if ended:
-            self._changed(frozenset(port.network for port in record.ports))
+            self._news(frozenset(port.network for port in record.ports))
 
     def _note_move(self, record: Handover) -> None:
         if record.phase in ENDED:
@@ -488,7 +519,7 @@ class Authority:
 
     def publish(self, record: Handover) -> None:
         """Tell the subscribers of a committed move's VNs."""
-        self._changed(frozenset(port.network for port in record.ports))
+        self._news(frozenset(port.network for port in record.ports))
 
     async def open_moves(self) -> list[Handover]:
         return list(self.cluster.moves.values())

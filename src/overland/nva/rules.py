@@ -112,6 +112,11 @@ def network_in_use(cluster: Cluster, name: str) -> Iterator[Refused]:
             if tsi.kind == "gateway":
                 hint = f"`overland network gateway remove {name}`"
             yield _no("in_use", f"network {name}", f"{tsi.owner} is attached", hint)
+    for policy in cluster.policies.values():
+        if name in policy.networks:
+            why = f"{' and '.join(policy.networks)} may talk with each other"
+            hint = f"`overland network deny {' '.join(policy.networks)}`"
+            yield _no("in_use", f"network {name}", why, hint)
 
 
 def host_blockers(cluster: Cluster, name: str) -> Iterator[Refused]:
@@ -288,8 +293,9 @@ def _fits(cluster: Cluster, host: Host, vm: Vm) -> Iterator[Refused]:
 
 
 def _reach(cluster: Cluster, host: Host, interfaces: tuple[Interface, ...]) -> Iterator[Refused]:
-    for interface in interfaces:
-        network = cluster.networks.get(interface.network)
+    """What keeps a VN of these interfaces, or one it may talk with (N-15), from being on `host`."""
+    for name in sorted(cluster.near(each.network for each in interfaces)):
+        network = cluster.networks.get(name)
         if network is None:
             continue
         if underlay_address(host, network) is None:
