@@ -103,8 +103,11 @@ def test_who_may_talk_with_the_vm_is_a_peer_of_its_move_also_when_denied_meanwhi
 def test_a_new_host_must_be_able_to_carry_both() -> None:
     now = cluster(("red", "brown"))
     now.networks["brown"] = msgspec.structs.replace(BROWN, underlay="ipv6")
-    found = [each for each in move_blockers(now, "web", "h3") if each.code == "no_underlay"]
-    assert [each.what for each in found] == ["network brown"]
+    found = [each for each in move_blockers(now, "web", "h3") if each.code == "peer_not_covered"]
+    assert [each.why for each in found] == [
+        "its peer b2 (02:00:00:00:01:02) would lose it: host h2 has no ipv6 underlay address",
+        "its peer network brown would lose it: host h3 has no ipv6 underlay address",
+    ]
 
 
 @pytest.mark.req("N-15")

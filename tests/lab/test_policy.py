@@ -154,19 +154,21 @@ class Talk(threading.Thread):
 
 @pytest.mark.req("N-15")
 @pytest.mark.req("R-26")
+@pytest.mark.req("R-30")
 @pytest.mark.parametrize("family", [4, 6])
 def test_what_is_allowed_goes_through_hot_moves_to_every_host(lab: None, family: int) -> None:
     """To a host that had neither network, and to the other tenant's own; nothing is lost."""
     port = 7000 + family
     guest(f"nc -ll -p {port} -e cat > /dev/null 2>&1 & sleep 1")
     talk = Talk(family, port)
-    seen = f"netstat -tn | grep :{port}"
+    seen = f"netstat -tn | grep :{talk.socket.getsockname()[1]}"
     here, there = talk.ends(), guest(seen).split()[3:]
     pinging = subprocess.Popen(
         ["ip", "netns", "exec", f"ovl-{LAB}-e-b2", "ping", "-i0.01", "-W2", VM[family]],
         stdout=subprocess.PIPE,
         text=True,
     )
+    idle = Talk(family, port)
     talk.start()
     for to in ("h3", "h2", "h1"):
         before = talk.answers
@@ -180,6 +182,9 @@ def test_what_is_allowed_goes_through_hot_moves_to_every_host(lab: None, family:
     talk.join(20)
     talk.socket.close()
     assert talk.failure == ""
+    idle.socket.sendall(b"after")
+    assert idle.socket.recv(100) == b"after", "R-30: no state of it was anywhere to expire"
+    idle.socket.close()
     pinging.send_signal(2)
     said, _ = pinging.communicate(timeout=20)
     answered = [int(number) for number in re.findall(r"icmp_seq=(\d+)", said)]

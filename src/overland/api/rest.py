@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -25,6 +25,7 @@ from overland.model.cluster import (
     Refused,
     Vm,
 )
+from overland.model.eligibility import LatencyClass, Signed
 from overland.model.forecast import Forecast
 from overland.model.handover import Handover, Options
 from overland.model.receipt import receipt, timestamp
@@ -51,6 +52,8 @@ class Service(Protocol):
     async def allow(self, one: str, other: str) -> tuple[Policy, list[str]]: ...
 
     async def deny(self, one: str, other: str) -> tuple[Policy, list[str]]: ...
+
+    async def state(self, name: str, signed: Signed) -> None: ...
 
     async def create_vm(self, wish: Vm) -> Vm: ...
 
@@ -99,6 +102,7 @@ class VmWish(Record, frozen=True, kw_only=True):
     """Body of POST /v1/vms. Addresses left out are chosen; `dry_run` shows them, no more."""
 
     name: str
+    owner: str = ""
     host: str
     interfaces: tuple[dict[str, str | None], ...]
     memory_mib: int = 128
@@ -112,6 +116,18 @@ class AddressWish(Record, frozen=True, kw_only=True):
 
     ipv4: str | msgspec.UnsetType | None = msgspec.UNSET
     ipv6: str | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class DeclareWish(Record, frozen=True, kw_only=True):
+    """Body of PATCH /v1/vms/NAME/eligibility: what the operator knows. What is left out stays."""
+
+    outside: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    uncovered: Literal["refuse", "flag"] | msgspec.UnsetType = msgspec.UNSET
+    latency: LatencyClass | msgspec.UnsetType = msgspec.UNSET
+
+
+OPERATOR = "operator"
+"""Who speaks to the API: it asks nobody who he is."""
 
 
 class MigrateWish(Record, frozen=True, kw_only=True):
@@ -185,6 +201,7 @@ def create_app(service: Service) -> FastAPI:
     _records(app, service)
     _gateways(app, service)
     _policies(app, service)
+    _eligibility(app, service)
     _machines(app, service)
     _moves(app, service)
     return app
@@ -276,6 +293,31 @@ def _policies(app: FastAPI, service: Service) -> None:
         return answer(*await service.deny(one, other), allowed=False)
 
 
+def _eligibility(app: FastAPI, service: Service) -> None:
+    """Before the VMs' own actions: it has paths below them."""
+    authority = service.authority
+
+    @app.get("/v1/vms/{name}/eligibility")
+    async def eligibility(name: str) -> JSONResponse:
+        return _json(authority.eligibility(name))
+
+    @app.patch("/v1/vms/{name}/eligibility")
+    async def declare(name: str, request: Request) -> JSONResponse:
+        wish = msgspec.to_builtins(await _body(request, DeclareWish))
+        await authority.declare(name, OPERATOR, **wish)
+        return _json(authority.eligibility(name))
+
+    @app.post("/v1/vms/{name}/registration")
+    async def register(name: str, request: Request) -> JSONResponse:
+        await service.state(name, await _body(request, Signed))
+        return _json(authority.eligibility(name))
+
+    @app.delete("/v1/vms/{name}/registration")
+    async def revoke(name: str) -> JSONResponse:
+        await authority.revoke(name, OPERATOR)
+        return _json(authority.eligibility(name))
+
+
 def _machines(app: FastAPI, service: Service) -> None:
     authority = service.authority
 
@@ -301,6 +343,7 @@ def _machines(app: FastAPI, service: Service) -> None:
         )
         made = Vm(
             name=wish.name,
+            owner=wish.owner,
             host=wish.host,
             interfaces=interfaces,
             memory_mib=wish.memory_mib,

@@ -41,6 +41,7 @@ from overland.mobility.messages import (
     WakeUp,
 )
 from overland.model.cluster import Gateway, Mapping, Policy, Refused, Vm
+from overland.model.eligibility import Signed
 from overland.model.forecast import Forecast
 from overland.model.handover import ENDED, Handover, Options
 from overland.model.receipt import receipt, timestamp
@@ -48,6 +49,7 @@ from overland.model.ticket import ticket_of
 from overland.nva import rules
 from overland.nva.authority import Authority, Blocked
 from overland.nva.cluster import AT_REST
+from overland.nva.eligibility import longest_outage_ms
 from overland.nva.handovers import RETRY_S, Handovers, last_order_cold, last_orders
 from overland.nva.leadership import Leader, Leadership
 from overland.nva.liveness import Liveness
@@ -58,7 +60,7 @@ from overland.store.etcd import EtcdStore
 from overland.store.sqlite import SqliteStore
 from overland.wire import messages as w
 from overland.wire import tls
-from overland.wire.seal import Sealer
+from overland.wire.seal import Forged, Sealer, stated
 from overland.wire.server import WireServer
 
 _STATE_MEANWHILE = {"start": "preparing", "wake": "resuming", "suspend": "suspending"}
@@ -626,6 +628,18 @@ class Domain:
             return False
         return has.allowed == view.allowed if has is not None else not view.includes(host)
 
+    async def state(self, name: str, signed: Signed) -> None:
+        """Hear what the owner of VM `name` has signed; Blocked when it is not believed (R-25)."""
+        what, ca = f"vm {name}", self._config.owners_ca
+        if ca is None:
+            why = "this domain knows no owners: its NVA has no `owners_ca`"
+            raise Blocked([_refused("no_owners", what, why)])
+        try:
+            owner, statement = stated(signed, Path(ca))
+        except Forged as forged:
+            raise Blocked([_refused("not_authenticated", what, str(forged))]) from None
+        await self.authority.state(name, owner, statement, signed)
+
     def _stop_if_moving(self, vm: Vm) -> None:
         if vm.move is not None:
             raise Blocked([_refused("move_in_progress", f"vm {vm.name}", "it is moving")])
@@ -664,21 +678,29 @@ class Domain:
         blockers = self.authority.live_blockers(name, to, options)
         if blockers:
             return None, blockers
-        vm = self.authority.vm(name)
+        options = self._as_borne(name, options)
+        found = await self._gauged(self.authority.vm(name), to, options)
+        against = self.authority.latency_blockers(name, _live_mode(options), found)
+        if found is not None:
+            against += tuple(rules.forecast_blockers(name, found, options))
+        return found, against
+
+    async def _gauged(self, vm: Vm, to: str, options: Options) -> Forecast | None:
+        """None when its NVE does not say how the VM is."""
         try:
             gauge = (await self._order("gauge", vm, limit_s=GAUGE_LIMIT_S)).gauge
         except Blocked as blocked:
-            log.warning("vm %s: no forecast: %s", name, blocked)
-            return None, ()
+            log.warning("vm %s: no forecast: %s", vm.name, blocked)
+            return None
         if gauge is None:
-            return None, ()
+            return None
         measured, filled = seen_before(self.authority.ended_moves.values(), vm, to)
-        found = forecast(gauge, options, measured_bytes_per_s=measured, filled=filled)
-        return found, tuple(rules.forecast_blockers(name, found, options))
+        return forecast(gauge, options, measured_bytes_per_s=measured, filled=filled)
 
     async def migrate(self, name: str, to: str, options: Options, *, cold: bool = False) -> str:
         expected: Forecast | None = None
         blockers: tuple[Refused, ...] = ()
+        options = self._as_borne(name, options)
         if cold:
             blockers = await self.cold_blockers(name, to)
         elif not self._emulated(name):
@@ -691,10 +713,21 @@ class Domain:
         return record.id
 
     def _emulated(self, name: str) -> bool:
-        """Under emulation a copy always ends (ADR 0006): it need not wait to be gauged."""
+        """Under emulation a copy always ends (ADR 0006): it need not wait to be gauged.
+
+        But for a VM whose latency class asks how long it will stop (R-62).
+        """
         vm = self.authority.cluster.vms.get(name)
         host = self.authority.cluster.hosts.get(vm.host) if vm is not None else None
-        return host is not None and host.accelerator == "tcg"
+        borne = longest_outage_ms(self.authority.cluster, name)
+        return host is not None and host.accelerator == "tcg" and borne is None
+
+    def _as_borne(self, name: str, options: Options) -> Options:
+        """No longer a stop than the VM's latency class bears."""
+        borne_ms = longest_outage_ms(self.authority.cluster, name)
+        if borne_ms is None or borne_ms >= options.max_downtime_ms:
+            return options
+        return msgspec.structs.replace(options, max_downtime_ms=borne_ms)
 
     async def recover(self, name: str, *, fenced: bool) -> dict[str, Any]:
         """Run a VM whose host is lost from its newest checkpoint; how old that is (R-12)."""
@@ -822,6 +855,10 @@ def _leadership(config: NvaConfig) -> Leadership | None:
 async def _notify(condition: asyncio.Condition) -> None:
     async with condition:
         condition.notify_all()
+
+
+def _live_mode(options: Options) -> str:
+    return "warm" if options.warm else "hot"
 
 
 def _refused(code: str, what: str, why: str) -> Refused:

@@ -98,9 +98,13 @@ class Boot(Record, frozen=True, kw_only=True):
 
 
 class Vm(Record, frozen=True, kw_only=True):
-    """A virtual machine. `version` is raised by each commit and governs its addresses."""
+    """A virtual machine. `version` is raised by each commit and governs its addresses.
+
+    `owner`: whose certificate may state things of it (R-25); empty: nobody's.
+    """
 
     name: str
+    owner: str = ""
     host: str
     state: VmState = "preparing"
     interfaces: tuple[Interface, ...]

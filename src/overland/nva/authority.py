@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -26,10 +26,18 @@ from overland.model.cluster import (
     Vm,
     VmState,
 )
+from overland.model.eligibility import (
+    Declaration,
+    Eligibility,
+    Registration,
+    Revocation,
+    Signed,
+    Statement,
+)
 from overland.model.forecast import Forecast
 from overland.model.handover import ENDED, Handover, MovingPort, Options, PhaseAt, is_up
 from overland.model.names import port_name, vxlan_name
-from overland.nva import rules
+from overland.nva import eligibility, rules
 from overland.nva.cluster import Cluster
 from overland.nva.gateways import chosen, gateway_blockers, removal_blockers
 from overland.nva.mapping import underlay_address
@@ -37,8 +45,8 @@ from overland.nva.placement import Placement, drain_plan
 from overland.nva.policy import allow_blockers, known_blockers, pair
 from overland.ports import Conflict, Delete, Expect, Ledger, Put, StoreFailure
 
-Kept = Network | Host | Vm | Endpoint | Gateway | Policy | Handover
-T = TypeVar("T", Network, Host, Vm, Endpoint, Gateway, Policy, Handover)
+Kept = Network | Host | Vm | Endpoint | Gateway | Policy | Eligibility | Handover
+T = TypeVar("T", Network, Host, Vm, Endpoint, Gateway, Policy, Eligibility, Handover)
 
 
 class Blocked(Exception):
@@ -62,6 +70,21 @@ def _state_after(record: Handover, vm: Vm) -> VmState:
     return record.ends_as if record.outcome == "moved" else record.vm.state
 
 
+def _revoked(known: Eligibility, origin: str, now_ns: int) -> Eligibility:
+    """Without a registration; what was signed until now is of no account any more."""
+    return msgspec.structs.replace(
+        known,
+        registration=None,
+        revocation=Revocation(origin=origin, at_ns=now_ns),
+        heard_ns=max(known.heard_ns, now_ns),
+    )
+
+
+def _forgotten(known: Eligibility, origin: str, now_ns: int) -> Eligibility:
+    """Of a VM that is gone: nothing that was said of it is true of another."""
+    return msgspec.structs.replace(_revoked(known, origin, now_ns), declaration=Declaration())
+
+
 class Authority:
     """One domain's records. Call `load` first."""
 
@@ -82,6 +105,7 @@ class Authority:
         await self._load("endpoint/", Endpoint, self.cluster.endpoints)
         await self._load("gateway/", Gateway, self.cluster.gateways)
         await self._load("policy/", Policy, self.cluster.policies)
+        await self._load("eligibility/", Eligibility, self.cluster.eligibilities)
         moves: dict[str, Handover] = {}
         await self._load("move/", Handover, moves)
         for name, move in moves.items():
@@ -254,8 +278,15 @@ class Authority:
             vm = self._vm(name)
             if vm.move is not None:
                 _stop_if([Refused(code="move_in_progress", what=f"vm {name}", why="it is moving")])
-            await self._write({}, (f"vm/{name}",))
+            puts: dict[str, Kept] = {}
+            known = self.cluster.eligibilities.get(name)
+            if known is not None:  # a VM that comes under its name later is another one
+                known = _forgotten(known, "NVA: the VM was deleted", time.time_ns())
+                puts[f"eligibility/{name}"] = known
+            await self._write(puts, (f"vm/{name}",))
             del self.cluster.vms[name]
+            if known is not None:
+                self.cluster.eligibilities[name] = known
         self._news(frozenset(each.network for each in vm.interfaces))
 
     async def change_addresses(self, name: str, network: str, changes: dict[str, str | None]) -> Vm:
@@ -335,12 +366,75 @@ class Authority:
             del self.cluster.endpoints[name]
         self._news(frozenset({endpoint.interface.network}))
 
+    # ------------------------------------------------------------ who may be moved
+
+    async def declare(self, name: str, origin: str, **what: Any) -> None:
+        """Note what `origin` says of VM `name`, whatever of a Declaration; Blocked when wrong."""
+        async with self._lock:
+            self._vm(name)
+            _stop_if(eligibility.declaration_blockers(name, what.get("outside", ())))
+            known = eligibility.record_of(self.cluster, name)
+            said = {**msgspec.to_builtins(known.declaration), **what}
+            said |= {"origin": origin, "at_ns": time.time_ns()}
+            declaration = msgspec.convert(said, Declaration)
+            await self._keep_known(msgspec.structs.replace(known, declaration=declaration))
+
+    async def state(self, name: str, owner: str, statement: Statement, signed: Signed) -> None:
+        """Register VM `name`, or end that, as `owner` has signed it; Blocked when not believed."""
+        async with self._lock:
+            now_ns = time.time_ns()
+            _stop_if(eligibility.statement_blockers(self.cluster, name, owner, statement, now_ns))
+            known = eligibility.record_of(self.cluster, name)
+            known = msgspec.structs.replace(known, heard_ns=statement.at_ns)
+            origin = f"owner:{owner}"
+            if statement.handles_address_change:
+                registration = Registration(origin=origin, at_ns=now_ns, signed=signed)
+                known = msgspec.structs.replace(known, registration=registration, revocation=None)
+            else:
+                known = _revoked(known, origin, now_ns)
+            await self._keep_known(known)
+
+    async def revoke(self, name: str, origin: str) -> None:
+        """End the registration of VM `name`: that needs no proof, for it makes nothing possible."""
+        async with self._lock:
+            self._vm(name)
+            known = eligibility.record_of(self.cluster, name)
+            if known.registration is None:
+                why, hint = "it is not registered", f"`overland vm eligibility show {name}`"
+                refusal = Refused(code="not_registered", what=f"vm {name}", why=why, hint=hint)
+                raise Blocked([refusal])
+            await self._keep_known(_revoked(known, origin, time.time_ns()))
+
+    async def _keep_known(self, known: Eligibility) -> None:
+        await self._write({f"eligibility/{known.vm}": known})
+        self.cluster.eligibilities[known.vm] = known
+
+    def eligibility(self, name: str) -> dict[str, Any]:
+        """All that is known of whether VM `name` may be moved; Blocked when there is none."""
+        return eligibility.shown(self.cluster, self._vm(name), self.ended_moves.values())
+
+    def latency_blockers(
+        self, name: str, mode: str, forecast: Forecast | None
+    ) -> tuple[Refused, ...]:
+        """Whether the latency class of VM `name` bears such a move (R-62).
+
+        A cold one is taken to be as long as the longest that the VM has had.
+        """
+        vm = self._vm(name)
+        seen = eligibility.outages_ms(self.ended_moves.values(), name)
+        hot_ms = forecast.stop_ms if forecast is not None else None
+        expected_ms = seen.get("cold") if mode == "cold" else hot_ms
+        return tuple(eligibility.latency_blockers(self.cluster, vm, expected_ms, mode))
+
     # ------------------------------------------------------------ moves
 
     def move_blockers(self, name: str, to: str, *, cold: bool = False) -> tuple[Refused, ...]:
         """Everything that stands against moving `name` to `to` now."""
         blockers = rules.cold_blockers if cold else rules.move_blockers
-        return tuple(blockers(self.cluster, name, to))
+        found = tuple(blockers(self.cluster, name, to))
+        if cold and name in self.cluster.vms:
+            found += self.latency_blockers(name, "cold", None)
+        return found
 
     def live_blockers(self, name: str, to: str, options: Options) -> tuple[Refused, ...]:
         """Everything that stands against moving a running VM, hot or, with checkpoints, warm."""
@@ -405,10 +499,14 @@ class Authority:
                 else self.live_blockers(name, to, options)
             )
             vm = self._vm(name)
+            mode: Literal["hot", "warm"] = "warm" if options.warm else "hot"
+            if not cold:
+                _stop_if(self.latency_blockers(name, mode, forecast))
             record = msgspec.structs.replace(
                 self._planned(move_id, vm, to, options),
-                mode="warm" if options.warm else "hot",
+                mode=mode,
                 forecast=forecast,
+                grounds=eligibility.grounds(self.cluster, vm, to, time.time_ns()),
             )
             moving = msgspec.structs.replace(vm, move=move_id)
             if cold:

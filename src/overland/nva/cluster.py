@@ -18,6 +18,7 @@ from overland.model.cluster import (
     Vm,
     VmState,
 )
+from overland.model.eligibility import Eligibility
 from overland.model.handover import Handover, Marking, marking
 
 AT_REST: tuple[VmState, ...] = ("shutdown", "suspended", "crashed")
@@ -51,6 +52,8 @@ class Cluster:
     """By network: there is one way out of each."""
     policies: dict[str, Policy] = field(default_factory=dict)
     """By the pair of networks."""
+    eligibilities: dict[str, Eligibility] = field(default_factory=dict)
+    """By VM; of most there is none."""
     moves: dict[str, Handover] = field(default_factory=dict)
     """Open moves only."""
 

@@ -13,8 +13,7 @@ from overland.model.names import default_mac
 from overland.nva.cluster import Cluster
 from overland.nva.mapping import underlay_address
 from overland.nva.rules import completed, host_blockers, interface_blockers
-
-Subnet = ipaddress.IPv4Network | ipaddress.IPv6Network
+from overland.nva.subnets import outside_of, overlap, subnets
 
 
 def chosen(cluster: Cluster, network: str, host: str, leg: Leg) -> Gateway:
@@ -135,20 +134,3 @@ def _overlaps(cluster: Cluster, what: str, network: Network, wish: Gateway) -> I
 
 def _addresses(leg: Leg) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
     return [ipaddress.ip_interface(each).ip for each in (leg.ipv4, leg.ipv6) if each]
-
-
-def subnets(network: Network) -> list[Subnet]:
-    """Those of a VN, of both families."""
-    return [ipaddress.ip_network(each) for each in (network.ipv4, network.ipv6) if each]
-
-
-def outside_of(leg: Leg) -> list[Subnet]:
-    """The subnets of the physical network in which a gateway stands."""
-    return [ipaddress.ip_interface(each).network for each in (leg.ipv4, leg.ipv6) if each]
-
-
-def overlap(one: Subnet, other: Subnet) -> bool:
-    """Tell whether an address may be in both; not when they are of two families."""
-    if isinstance(one, ipaddress.IPv4Network):
-        return isinstance(other, ipaddress.IPv4Network) and one.overlaps(other)
-    return isinstance(other, ipaddress.IPv6Network) and one.overlaps(other)

@@ -7,8 +7,8 @@ from itertools import product
 
 from overland.model.cluster import Network, Policy, Refused
 from overland.nva.cluster import Cluster
-from overland.nva.gateways import outside_of, overlap, subnets
 from overland.nva.mapping import underlay_address
+from overland.nva.subnets import outside_of, overlap, subnets
 
 
 def pair(one: str, other: str, at_ns: int) -> Policy:
