@@ -146,6 +146,22 @@ def test_the_peer_that_would_lose_the_vm_is_named(kind: Kind) -> None:
     assert whys(now, "peer_not_covered") == [], "who is dead loses nothing"
 
 
+@pytest.mark.req("R-20")
+def test_many_peers_behind_one_nve_are_one_reason() -> None:
+    now = cluster()
+    without_underlay(now, "h3")
+    for n in range(4, 12):
+        face = msgspec.structs.replace(
+            now.endpoints["p3"].interface, mac=f"02:00:00:00:01:{n:02}", ipv4=f"10.42.0.{n}"
+        )
+        now.endpoints[f"p{n}"] = msgspec.structs.replace(
+            now.endpoints["p3"], name=f"p{n}", interface=face
+        )
+    (why,) = whys(now, "peer_not_covered")
+    assert why.startswith("its peer p3 (10.42.0.3), peer p4 (10.42.0.4), ")
+    assert " and 4 more would lose it: " in why
+
+
 # ------------------------------------------------------------ correspondents outside
 
 

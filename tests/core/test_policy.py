@@ -106,7 +106,7 @@ def test_a_new_host_must_be_able_to_carry_both() -> None:
     found = [each for each in move_blockers(now, "web", "h3") if each.code == "peer_not_covered"]
     assert [each.why for each in found] == [
         "its peer b2 (02:00:00:00:01:02) would lose it: host h2 has no ipv6 underlay address",
-        "its peer network brown would lose it: host h3 has no ipv6 underlay address",
+        "its peers in network brown would lose it: host h3 has no ipv6 underlay address",
     ]
 
 

@@ -88,6 +88,8 @@ def test_a_dry_run_shows_every_blocker_and_the_move_is_refused(lab: None) -> Non
 @pytest.mark.req("R-28")
 def test_as_configured_it_moves_and_the_receipt_says_what_was_left_behind(lab: None) -> None:
     eligibility("set", "--uncovered", "flag")
+    (before,) = ok("vm", "migrate", "web", "--to", "h2", "--dry-run")["flags"]
+    assert FAR in before
     grounds = moved()
     assert grounds["basis"] == "covered"
     (flag,) = grounds["flags"]

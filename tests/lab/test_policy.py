@@ -48,16 +48,23 @@ def ping(place: str, address: str, *more: str) -> subprocess.CompletedProcess[st
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """red with web, brown with b2 on h2, green with g3 on h3; h1 has a tenant of red only."""
+    """red with web and p1 on h1, brown with b2 on h2, green with g3 on h3.
+
+    What brown carries is smaller.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
         run("lab", "down", "--name", LAB)
         ok("lab", "up", "--name", LAB)
         try:
-            for n, name in ((42, "red"), (43, "brown"), (44, "green")):
+            for n, name, mtu in ((42, "red", 1500), (43, "brown", 1400), (44, "green", 1500)):
                 subnets = ("--ipv4", f"10.{n}.0.0/24", "--ipv6", f"fd{n}::/64", "--kind", "l3")
-                ok("network", "create", name, "--vni", str(n), *subnets)
-            for name, host, network in (("b2", "h2", "brown"), ("g3", "h3", "green")):
+                ok("network", "create", name, "--vni", str(n), "--mtu", str(mtu), *subnets)
+            for name, host, network in (
+                ("p1", "h1", "red"),
+                ("b2", "h2", "brown"),
+                ("g3", "h3", "green"),
+            ):
                 place = ("--host", host, "--network", network, "--lab", LAB)
                 ok("lab", "endpoint", "add", name, *place)
             face = f"red,ipv4={VM[4]},ipv6={VM[6]}"
@@ -101,6 +108,15 @@ def test_allowed_they_talk_on_every_host_at_once(lab: None) -> None:
     routers = set(re.findall(rf"ovl-{LAB}-(h\d-r\d+)", names))
     assert routers == {f"h{h}-r{n}" for h in (1, 2) for n in (42, 43)} | {"h3-r44"}
     assert run("network", "delete", "brown").returncode == 3
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_who_sends_more_than_the_other_network_carries_is_told(lab: None, family: int) -> None:
+    big = ping("e-p1", FAR[family], "-M", "do", "-s", "1440")
+    assert f"From {GATEWAY[family].replace('42', '43')}" in big.stdout
+    assert "1400" in big.stdout
+    largest = str(1400 - {4: 28, 6: 48}[family])
+    assert ping("e-p1", FAR[family], "-M", "do", "-s", largest).returncode == 0
 
 
 @pytest.mark.req("N-15")
@@ -190,6 +206,16 @@ def test_what_is_allowed_goes_through_hot_moves_to_every_host(lab: None, family:
     answered = [int(number) for number in re.findall(r"icmp_seq=(\d+)", said)]
     # Not the one that was on its way when ping was interrupted.
     assert answered == list(range(1, len(answered) + 1))
+
+
+def test_what_is_allowed_is_there_after_a_cold_move(lab: None) -> None:
+    """R-33: on its way the address is silence to the other network, too; then it answers."""
+    for to in ("h3", "h1"):
+        receipt = ok("vm", "migrate", "web", "--to", to, "--cold", "-o", "json")
+        assert receipt["outcome"] == "moved"
+        assert receipt["packets"]["residual"] == 0
+        assert ping("e-b2", VM[4]).returncode == 0
+        assert ping("e-b2", VM[6]).returncode == 0
 
 
 def test_a_restarted_daemon_takes_the_way_over(lab: None) -> None:

@@ -391,7 +391,10 @@ async def _migrate(service: Service, name: str, wish: MigrateWish) -> JSONRespon
         blockers = await service.cold_blockers(name, wish.to)
     else:
         forecast, blockers = await service.forecast(name, wish.to, options)
-    return _json({"vm": name, "to": wish.to, "blockers": blockers, "forecast": forecast})
+    flags = () if blockers else service.authority.flags(name, wish.to)
+    return _json(
+        {"vm": name, "to": wish.to, "blockers": blockers, "flags": flags, "forecast": forecast}
+    )
 
 
 def _moves(app: FastAPI, service: Service) -> None:

@@ -413,6 +413,14 @@ class Authority:
         """All that is known of whether VM `name` may be moved; Blocked when there is none."""
         return eligibility.shown(self.cluster, self._vm(name), self.ended_moves.values())
 
+    def flags(self, name: str, to: str) -> tuple[str, ...]:
+        """What a move of VM `name` to `to` would not cover, and would be carried out for all that.
+
+        Of a move that nothing stands against.
+        """
+        grounds = eligibility.grounds(self.cluster, self._vm(name), to, time.time_ns())
+        return grounds.flags
+
     def latency_blockers(
         self, name: str, mode: str, forecast: Forecast | None
     ) -> tuple[Refused, ...]:

@@ -23,6 +23,9 @@ from overland.nva.cluster import Cluster
 from overland.nva.mapping import underlay_address
 from overland.nva.subnets import subnets, within
 
+NAMED = 5
+"""How many peers a refusal names."""
+
 _OFF: tuple[VmState, ...] = ("shutdown", "crashed")
 
 FRESH_S = 300
@@ -143,30 +146,46 @@ def _peers(cluster: Cluster, vm: Vm, to: str) -> Iterator[Refused]:
     """
     if vm.state in _OFF:
         return
-    for name in sorted({each.network for each in vm.interfaces} & cluster.networks.keys()):
-        near = sorted(cluster.near((name,)) & cluster.networks.keys())
-        for tsi in cluster.tsis():
-            host = cluster.hosts.get(tsi.host)
-            if tsi.owner == vm.name or tsi.interface.network not in near or host is None:
-                continue
-            pair = {name, tsi.interface.network}
-            whys = [why for each in sorted(pair) if (why := lacking(cluster.networks[each], host))]
-            if whys and not host.dead:
-                yield _peer(vm, f"{tsi.owner} ({_addresses(tsi.interface)})", whys[0])
-        new = cluster.hosts.get(to)
-        for other in near if new is not None else ():
-            why = lacking(cluster.networks[other], new) if other != name and new else None
-            if why is not None:
-                yield _peer(vm, f"network {other}", why)
+    lost: dict[str, list[str]] = {}
+    for who, why in (*_lost_peers(cluster, vm), *_lost_networks(cluster, vm, to)):
+        lost.setdefault(why, []).append(who)
+    for why, each in lost.items():
+        yield Refused(
+            code="peer_not_covered",
+            what=f"vm {vm.name}",
+            why=f"its {_listed(each)} would lose it: {why}",
+            hint="give that host what it lacks",
+        )
 
 
-def _peer(vm: Vm, who: str, why: str) -> Refused:
-    return Refused(
-        code="peer_not_covered",
-        what=f"vm {vm.name}",
-        why=f"its peer {who} would lose it: {why}",
-        hint="give that host what it lacks",
-    )
+def _lost_peers(cluster: Cluster, vm: Vm) -> Iterator[tuple[str, str]]:
+    """Peers behind an NVE that could not be told where the VM is, each with what that NVE lacks."""
+    own = {each.network for each in vm.interfaces} & cluster.networks.keys()
+    near = {name: cluster.near((name,)) & own for name in cluster.near(own)}
+    for tsi in cluster.tsis():
+        host = cluster.hosts.get(tsi.host)
+        if tsi.owner == vm.name or host is None or host.dead:
+            continue
+        mine = near.get(tsi.interface.network, frozenset())
+        needed = sorted(mine | {tsi.interface.network}) if mine else []
+        whys = [why for name in needed if (why := lacking(cluster.networks[name], host))]
+        if whys:
+            yield f"peer {tsi.owner} ({_addresses(tsi.interface)})", whys[0]
+
+
+def _lost_networks(cluster: Cluster, vm: Vm, to: str) -> Iterator[tuple[str, str]]:
+    """Networks with which it may talk, and that the new NVE cannot carry."""
+    own, host = {each.network for each in vm.interfaces}, cluster.hosts.get(to)
+    for name in sorted((cluster.near(own) - own) & cluster.networks.keys()):
+        why = lacking(cluster.networks[name], host) if host is not None else None
+        if why is not None:
+            yield f"peers in network {name}", why
+
+
+def _listed(who: list[str]) -> str:
+    """The first ones by name: there may be thousands."""
+    more = f" and {len(who) - NAMED} more" if len(who) > NAMED else ""
+    return ", ".join(who[:NAMED]) + more
 
 
 def _outside(cluster: Cluster, vm: Vm) -> Iterator[Refused]:
