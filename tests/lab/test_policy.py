@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 from overland.dataplane.namespace import inside, path_of
+from overland.lab.topology import LABS
 
 OVERLAND = (sys.executable, "-m", "overland")
 LAB = "ovpol"
@@ -228,6 +231,21 @@ def test_a_restarted_daemon_takes_the_way_over(lab: None) -> None:
     ok("lab", "restart", "h2", "--name", LAB)
     said, _ = pinging.communicate(timeout=60)
     assert " 0% packet loss" in said
+
+
+@pytest.mark.req("N-15")
+def test_a_host_that_does_not_hear_of_a_denial_is_named(lab: None) -> None:
+    """Its NVE goes on with what it has (6-10); when it is back it hears of it."""
+    os.kill(int((LABS / LAB / "h2.pid").read_text()), signal.SIGKILL)
+    denied = run("network", "deny", "red", "brown")
+    assert denied.returncode == 1
+    assert "not yet denied on h2" in denied.stderr
+    assert ok("network", "policies", "-o", "json") == []
+    assert "to42" in at("h2-r43", "ip", "-o", "link").stdout
+    ok("lab", "restart", "h2", "--name", LAB)
+    ok("network", "deny", "red", "brown")  # returns when it is so everywhere
+    assert ping("e-b2", VM[4]).returncode == 1
+    assert "to42" not in at("h2-r43", "ip", "-o", "link").stdout
 
 
 @pytest.mark.req("N-15")
