@@ -15,7 +15,7 @@ import pytest
 from overland.config import NvaConfig, Tls
 from overland.daemon.nva import Domain
 from overland.mobility import messages as m
-from overland.model.cluster import Boot, Endpoint, Host, Interface, Network, Vm
+from overland.model.cluster import Boot, Endpoint, Host, Interface, Network, Vm, VmState
 from overland.model.handover import Checkpoints, Handover, Memory, Options, PhaseAt
 from overland.nva.authority import Blocked
 from overland.ports import StoreFailure
@@ -513,7 +513,7 @@ async def test_a_vm_is_recovered_only_when_its_former_copy_cannot_run(world: Wor
     assert told["age_ms"] > 10**9
     vm = domain.authority.vm("web")
     assert (vm.state, vm.host, vm.version) == ("running", "h2", 5)
-    with pytest.raises(Blocked, match="no warm move has left a whole checkpoint"):
+    with pytest.raises(Blocked, match="no move has left a checkpoint or a saved state"):
         await domain.recover("web", fenced=True)
 
 
@@ -562,9 +562,95 @@ async def test_a_checkpoint_is_dropped_once_the_vm_is_found_alive(world: World) 
     """Its host was thought dead; what it did since must not be taken back by a recovery."""
     one, two = await lost_host(world)
     one.say(w.MoveReport(report=m.Restored(move="m1", nve="h1")))
+    assert (await one.hears(w.VmOrder)).action == "look"
+    assert world.domain.authority.recovery_point("web") is not None, "it only says that it is done"
+    one.say(w.VmReport(vm="web", state="running"))
     order = await two.hears(w.VmOrder)
     assert (order.action, order.vm.name) == ("forget", "web")
     assert world.domain.authority.recovery_point("web") is None
+
+
+@pytest.mark.req("R-12")
+async def test_a_lost_vm_keeps_its_addresses_while_it_may_be_recovered(world: World) -> None:
+    """What is kept of it is known by its version, which other addresses would raise."""
+    await lost_host(world)
+    with pytest.raises(Blocked, match="h2 keeps a state of it"):
+        await world.domain.change_addresses("web", "blue", {"ipv4": "10.0.0.7"})
+    assert world.domain.authority.recovery_point("web") is not None
+
+
+def slept(vm: Vm) -> Handover:
+    """A cold move of `vm` from h1 to h2, where the VM did not wake."""
+    new = msgspec.structs.replace(vm, host="h1", version=vm.version - 1, state="running")
+    return Handover(
+        id="m1",
+        vm=new,
+        mode="cold",
+        old_nve="h1",
+        new_nve="h2",
+        ports=(),
+        phase="closed",
+        phases=(PhaseAt(phase="planned", at_ns=1),),
+        version=vm.version,
+        outcome="moved",
+        ends_as="suspended",
+        stop_ns=10**9,
+        memory=Memory(total_bytes=7),
+    )
+
+
+async def asleep(world: World, state: VmState) -> tuple[Nve, Nve]:
+    """VM web is at h2 by the record, since a cold move from h1 which it overslept."""
+    one, two = await lost_host(world)
+    authority = world.domain.authority
+    vm = msgspec.structs.replace(authority.vm("web"), host="h2", version=5, state=state)
+    await authority._write({"vm/web": vm})  # noqa: SLF001 - as it was left
+    authority.cluster.vms["web"] = vm
+    authority.ended_moves["m1"] = slept(vm)
+    return one, two
+
+
+@pytest.mark.req("R-12")
+async def test_a_vm_that_overslept_its_move_is_recovered_from_its_old_host(world: World) -> None:
+    """R-14: not while the new host, which has it asleep, is there."""
+    one, two = await asleep(world, "suspended")
+    with pytest.raises(Blocked, match="host h2 is there"):
+        await world.domain.recover("web", fenced=False)
+    await away(world, two)
+    recovering = asyncio.create_task(world.domain.recover("web", fenced=True))
+    order = await one.hears(w.VmOrder)
+    assert (order.action, order.vm.host, order.vm.version) == ("wake", "h1", 6)
+    one.say(w.VmAnswer(id=order.id))
+    assert (await recovering)["recovery_point"] == "1970-01-01T00:00:01.000000Z"
+
+
+@pytest.mark.req("R-14")
+async def test_an_old_state_goes_once_the_vm_is_up_at_its_new_host(world: World) -> None:
+    """HO-43: also when only a look at that host tells that it is."""
+    one, two = await asleep(world, "suspended")
+    two.say(w.VmReport(vm="web", state="running"))
+    order = await one.hears(w.VmOrder)
+    assert (order.action, order.vm.state) == ("stop", "running")
+    assert world.domain.authority.recovery_point("web") is None
+
+
+@pytest.mark.req("R-14")
+async def test_a_new_host_that_comes_back_has_its_vm_do_what_it_was_moved_for(
+    world: World,
+) -> None:
+    """HO-52: what it took for the move is the VM; it is not dropped."""
+    _, two = await asleep(world, "suspended")
+    await away(world, two)
+    again = world.nve("h2")
+    again.host, again.moves = two.host, ("m1",)
+    again.connect()
+    order = (await again.hears(w.MoveOrder)).order
+    assert isinstance(order, m.WakeUp)
+    assert order.vm.state == "running"
+    again.say(w.MoveReport(report=m.Running(move="m1", nve="h2", at_ns=1, held=0)))
+    async with asyncio.timeout(LIMIT_S):
+        while world.domain.authority.vm("web").state != "running":  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
 
 
 @pytest.mark.req("R-12")

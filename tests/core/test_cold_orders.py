@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any, cast
 
 import msgspec
@@ -15,7 +16,7 @@ from overland.model.nve import InTransit, NveIntent
 from overland.model.ticket import Seal, Ticket, ticket_of
 from overland.nva.cluster import Cluster
 from overland.nva.mapping import VnView
-from overland.nve.cold import ColdMoves, may_be_last
+from overland.nve.cold import ColdMoves, ColdSteps, may_be_last
 from overland.nve.render import render
 from overland.ports import Hypervisor, HypervisorFailure
 from tests.core.cold_moves import after, cold
@@ -93,8 +94,9 @@ class FakeHost:
 
 def moves(host: FakeHost, nve: str = NEW, ticket: Ticket | str = "forged") -> ColdMoves:
     hypervisor = cast("Hypervisor", host)
-    said, seen = host.said.put_nowait, host.seen.__setitem__
-    return ColdMoves(nve, "192.0.2.2", hypervisor, host, said, lambda _: ticket, seen)
+    seen = host.seen.__setitem__
+    steps = ColdSteps(nve, "192.0.2.2", hypervisor, host, lambda _: ticket, seen, time.time_ns)
+    return ColdMoves(steps, host.said.put_nowait)
 
 
 def order(kind: type[m.Cold], vm: Vm = VM, **more: Any) -> Any:

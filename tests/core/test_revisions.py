@@ -39,6 +39,13 @@ def test_who_is_told_what_contradicts_what_he_has_asks_the_nva_once(blue: Revisi
     assert blue.judge("blue", 2003, 2002) == "ask"
 
 
+def test_a_push_that_waits_for_its_turn_is_told_of_in_the_hello(blue: Revisions) -> None:
+    """HO-54: else a restarted NVA would give its number to another push."""
+    blue.heard("blue", 9)
+    blue.heard("blue", 8)
+    assert (blue.known, blue.newest) == ({"blue": 5}, {"blue": 9})
+
+
 @pytest.mark.req("E-02")
 def test_a_question_that_may_be_lost_is_asked_again_on_the_next_connection(
     blue: Revisions,

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from qemu.qmp import QMPClient
 
+from overland.hypervisor import qemu as qemu_adapter
 from overland.hypervisor.qemu import QemuHypervisor, TapSource, _Machine
 from overland.ports import HypervisorFailure
 from tests.core.moves import VM
@@ -140,3 +141,30 @@ async def test_a_state_that_does_not_wake_is_no_crash(
     await listening[0]
     assert host._events.empty()  # noqa: SLF001 - no event is to come, ever
     assert await host.saved() == ["web"]
+
+
+@pytest.mark.req("R-14")
+@pytest.mark.parametrize(
+    ("status", "left"),
+    [("running", (["web"], [])), ("paused", ([], ["web"])), ("inmigrate", ([], ["web"]))],
+)
+async def test_of_a_process_and_a_state_beside_it_one_is_the_vm(
+    host: QemuHypervisor,
+    process: int,
+    tmp_path: Path,
+    monkeypatch: Any,
+    status: str,
+    left: tuple[list[str], list[str]],
+) -> None:
+    """HO-55: a daemon was killed while it woke or suspended the VM; the next one settles it."""
+    (tmp_path / "suspended" / "web").write_bytes(b"state")
+    (tmp_path / "web" / "pid").write_text(str(process))
+    monkeypatch.setattr(qemu_adapter, "_our_process", lambda *_: process)
+
+    async def connect(*_: Any) -> _Machine:
+        return runs(host, process, status, "").machine
+
+    monkeypatch.setattr(host, "_connect", connect)
+    await host.find()
+    assert (await host.names(), await host.saved()) == left
+    assert await host.saved_bytes("web") == (0 if status == "running" else 5)

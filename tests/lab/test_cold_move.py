@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from overland.lab.topology import LABS
 from overland.model.handover import FORWARD
+from tests.lab.chaos import Lab
 from tests.lab.test_hot_move import ok, run, wait_for
 
 LAB = "ovcold"
@@ -162,3 +164,36 @@ def test_a_daemon_killed_in_the_middle_leaves_one_vm_and_no_file(
     assert len(list(RUN.glob("*/web/pid"))) == 1
     assert boot_id() == same
     nothing_left()
+
+
+def taken_at(host: str) -> bool:
+    return any((RUN / host / "taken").glob("[!.]*"))
+
+
+@pytest.mark.req("R-12")
+@pytest.mark.req("R-14")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("recovers", [True, False])
+def test_a_vm_whose_new_host_dies_before_it_wakes_is_not_lost(lab: None, recovers: bool) -> None:
+    """HO-43, HO-52: it is recovered where it was, or it wakes when its new host is back."""
+    domain = Lab(LAB)
+    same, old, new = boot_id(), shown()["host"], elsewhere()
+    move = begun(new)
+    deadline_s = time.monotonic() + 30
+    while not taken_at(new):  # whole at the new host, which is about to hear of the commit
+        assert time.monotonic() < deadline_s
+    with domain.dead(new):
+        receipt = json.loads(run("migration", "watch", move, "-o", "json").stdout)
+        moved = receipt["outcome"] == "moved"  # else it died before it had said that it has it
+        if moved:
+            assert (shown()["host"], shown()["state"]) == (new, "suspended")
+        if moved and recovers:
+            told = ok("vm", "recover", "web", "-o", "json")
+            assert (told["host"], told["version"]) == (old, receipt["version"] + 1)
+            assert told["age_ms"] > 0
+            assert boot_id() == same
+    wait_for(lambda: shown()["state"] == "running")
+    assert shown()["host"] == (new if moved and not recovers else old)
+    wait_for(lambda: files() == [])
+    assert len(list(RUN.glob("*/web/pid"))) == 1
+    assert boot_id() == same

@@ -16,7 +16,7 @@ from rich.progress import track
 
 from overland.cli.options import Output
 from overland.cli.output import Exit, Failure, Format, show
-from overland.sim.run import Failing, failing, first_failing
+from overland.sim.run import Failing, Mode, failing, first_failing
 
 CHUNK = 250
 """Seeds that a process takes at a time."""
@@ -25,6 +25,7 @@ CHUNK = 250
 def sim(
     seeds: Annotated[str, typer.Option(help="FROM:TO; FROM included, TO not")] = "0:1000",
     moves: Annotated[int, typer.Option(help="moves in a row under each seed")] = 3,
+    mode: Annotated[Mode, typer.Option(help="how the VM moves")] = "hot",
     jobs: Annotated[int, typer.Option(help="processes at once; 0: one a processor")] = 0,
     output: Output = Format.table,
 ) -> None:
@@ -33,13 +34,14 @@ def sim(
     if moves < 1:
         raise Failure("--moves", f"{moves} moves: use 1 or more", "usage", exit_code=Exit.USAGE)
     began_s = time.monotonic()
-    found = _first(first, last, moves, jobs or os.cpu_count() or 1)
+    found = _first(first, last, moves, mode, jobs or os.cpu_count() or 1)
     took_s = time.monotonic() - began_s
     passed = (found.seed if found else last) - first
     if found:
         print("\n".join(found.trace))
         print(f"seed {found.seed}, move {found.move}: {found.why}")
-        print(f"again: overland sim --seeds {found.seed}:{found.seed + 1} --moves {moves}")
+        seeds = f"{found.seed}:{found.seed + 1}"
+        print(f"again: overland sim --seeds {seeds} --moves {moves} --mode {mode}")
     rate = passed * moves / took_s
     if output is Format.table:
         failed = 1 if found else 0
@@ -56,13 +58,15 @@ def _range(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def _first(first: int, last: int, moves: int, jobs: int) -> Failing | None:
+def _first(first: int, last: int, moves: int, mode: Mode, jobs: int) -> Failing | None:
     """The failing seed with the lowest number, found by `jobs` processes."""
     starts = range(first, last, CHUNK)
     ends = [min(start + CHUNK, last) for start in starts]
     console = Console(stderr=True)
     with ProcessPoolExecutor(jobs) as pool:
-        results: Iterator[int | None] = pool.map(first_failing, starts, ends, repeat(moves))
+        results: Iterator[int | None] = pool.map(
+            first_failing, starts, ends, repeat(moves), repeat(mode)
+        )
         shown = track(
             results,
             total=len(ends),
@@ -73,5 +77,5 @@ def _first(first: int, last: int, moves: int, jobs: int) -> Failing | None:
         for seed in shown:
             if seed is not None:
                 pool.shutdown(cancel_futures=True)
-                return failing(seed, moves)
+                return failing(seed, moves, mode)
     return None

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import uvicorn
@@ -25,7 +25,7 @@ from overland.config import NvaConfig
 from overland.daemon import run_first
 from overland.dataplane.namespace import inside
 from overland.mobility import saga
-from overland.mobility.coordinator import close_order, recoverable
+from overland.mobility.coordinator import close_order, keeper, recoverable
 from overland.mobility.forecast import forecast, seen_before
 from overland.mobility.messages import (
     Activate,
@@ -33,6 +33,7 @@ from overland.mobility.messages import (
     AnyReport,
     Closed,
     ColdOrder,
+    Crashed,
     DropState,
     Failed,
     Progress,
@@ -50,7 +51,14 @@ from overland.nva import rules
 from overland.nva.authority import Authority, Blocked
 from overland.nva.cluster import AT_REST
 from overland.nva.eligibility import longest_outage_ms
-from overland.nva.handovers import RETRY_S, Handovers, last_order_cold, last_orders
+from overland.nva.handovers import (
+    RETRY_S,
+    Handovers,
+    farewells,
+    last_orders,
+    state_since,
+    turn_back,
+)
 from overland.nva.leadership import Leader, Leadership
 from overland.nva.liveness import Liveness
 from overland.nva.mapping import VnView
@@ -212,6 +220,8 @@ class Domain:
         for move in hello.moves:
             self._settle(host, move)
         self._compare(host, hello.vms, hello.moves)
+        for record in self.authority.to_turn_back(host):
+            self._tell(host, turn_back(record))
 
     def _expected(self) -> set[str]:
         """The hosts that must be heard of before what is known of a network is all of it."""
@@ -259,30 +269,43 @@ class Domain:
         self._tell_how_it_ended(host, record)
 
     def _tell_how_it_ended(self, host: str, record: Handover) -> None:
-        orders = last_orders(record, host) if record.mode != "cold" else ()
-        for order in orders or (last_order_cold(record),):
+        vm = self.authority.cluster.vms.get(record.vm.name)
+        for order in last_orders(record, host, vm):
             self._tell(host, order)
 
     def _ended_report(self, host: str, report: AnyReport) -> None:
         """A straggler has come to where it may close."""
         record = self.authority.move(report.move)
-        if record is None or record.mode == "cold":
+        if record is None:
+            return
+        if record.mode == "cold":
+            self._straggled(host, record, report)
             return
         if isinstance(report, Closed | Failed | Progress):
             return
         if record.lost and host == record.old_nve and not isinstance(report, Restored):
             return  # it has been told to restore, and closes after that
         self._tell(host, close_order(record, host))
-        vm = self.authority.cluster.vms.get(record.vm.name)
-        if isinstance(report, Restored) and vm is not None and vm.host == host:
-            self._later(self._forget_checkpoint(record.vm.name))
+        if isinstance(report, Restored):
+            self._look_at(record.vm.name)  # an NVE without a part says so too
 
-    async def _forget_checkpoint(self, name: str) -> None:
-        """The VM runs, or is gone for good: what a lost host made us keep is dropped."""
-        host = await self.authority.no_recovery(name)
-        if host is not None:
+    def _straggled(self, host: str, record: Handover, report: AnyReport) -> None:
+        """After the end of a cold move, what came of its VM at an NVE that had been given up."""
+        state = state_since(record, self.authority.cluster.vms.get(record.vm.name), host, report)
+        if isinstance(report, Restored) and host == record.old_nve:
+            self._later(self.authority.turned_back(record.id))
+        if state is not None:
+            reason = report.why if isinstance(report, Crashed) else None
+            self._later(self._note_state(record.vm.name, state, reason))
+
+    async def _forget_kept(self, name: str) -> None:
+        """The VM runs, or is gone for good: what another host kept of it is dropped."""
+        point = await self.authority.no_recovery(name)
+        if point is not None:
+            action: Literal["stop", "forget"] = "stop" if point.mode == "cold" else "forget"
             vm = self.authority.vm(name)
-            self._wire.send(host, w.VmOrder(id=next(self._numbers), action="forget", vm=vm))
+            order = w.VmOrder(id=next(self._numbers), action=action, vm=vm)
+            self._wire.send(keeper(point) or "", order)
 
     def _compare(self, host: str, copies: dict[str, str], moves: tuple[str, ...]) -> None:
         """What an NVE has against the records: the record's version decides (R-14).
@@ -379,10 +402,19 @@ class Domain:
         """Record what an NVE saw of a VM, as soon as the store takes it: nobody says it again."""
         while True:
             try:
-                return await self.authority.vm_state(name, state, reason)
+                await self.authority.vm_state(name, state, reason)
+                break
             except StoreFailure as failure:
                 log.error("VM %s is %s: %s", name, state, failure)
                 await asyncio.sleep(RETRY_S)
+        if self.authority.is_alive(name, state):
+            await self._forget_kept(name)
+
+    def _look_at(self, name: str) -> None:
+        """Ask what there is of VM `name` on its host; a VmReport says it."""
+        vm = self.authority.cluster.vms.get(name)
+        if vm is not None:
+            self._wire.send(vm.host, w.VmOrder(id=next(self._numbers), action="look", vm=vm))
 
     def _answered(self, number: int, result: Any) -> None:
         waiting = self._answers.pop(number, None)
@@ -538,8 +570,8 @@ class Domain:
         except Blocked:
             await self.authority.vm_state(name, vm.state, vm.reason)
             raise
-        if action == "start":
-            await self._forget_checkpoint(name)  # it has begun anew
+        if action in ("start", "wake"):
+            await self._forget_kept(name)  # it has begun anew, or run on
         await self.authority.vm_state(name, _STATE_AFTER[action])
         return self.authority.vm(name)
 
@@ -648,7 +680,7 @@ class Domain:
         vm = self.authority.vm(name)
         if vm.move is None and vm.host in self._wire.hosts():
             await self._order("stop", vm)
-        await self._forget_checkpoint(name)
+        await self._forget_kept(name)
         await self.authority.delete_vm(name)
 
     # ------------------------------------------------------------ moves
@@ -730,7 +762,7 @@ class Domain:
         return msgspec.structs.replace(options, max_downtime_ms=borne_ms)
 
     async def recover(self, name: str, *, fenced: bool) -> dict[str, Any]:
-        """Run a VM whose host is lost from its newest checkpoint; how old that is (R-12)."""
+        """Run a VM whose host is lost from what another keeps of it; how old that is (R-12)."""
         vm = self.authority.vm(name)
         host = self.authority.cluster.hosts.get(vm.host)
         if vm.move is not None and host is not None and not host.ready and (host.dead or fenced):
@@ -738,13 +770,19 @@ class Domain:
             self.handovers.lost(vm.host, dead=True)
             await self._ended(vm.move, RECOVER_LIMIT_S)
         vm = await self.authority.recover(name, fenced=fenced)
+        point = self.authority.recovery_point(name)
+        assert point is not None
+        cold = point.mode == "cold"
         try:
-            at_ns = (await self._order("recover", vm)).at_ns
+            at_ns = (await self._order("wake" if cold else "recover", vm)).at_ns
         except Blocked as blocked:
             await self.authority.vm_state(name, "crashed", f"not recovered: {blocked}")
             raise
+        if cold:
+            at_ns = point.stop_ns or point.phases[0].at_ns
         age_ms = round((time.time_ns() - at_ns) / 1e6, 3)
-        await self.authority.vm_state(name, "running", f"from a checkpoint, {age_ms:.0f} ms old")
+        what = "the state that it was suspended with" if cold else "a checkpoint"
+        await self.authority.vm_state(name, "running", f"from {what}, {age_ms:.0f} ms old")
         return {
             "vm": name,
             "host": vm.host,
@@ -800,6 +838,11 @@ class Domain:
             self._later(_notify(condition))
         if record.phase in ENDED:
             self._latest.pop(record.id, None)
+            vm = self.authority.cluster.vms.get(record.vm.name)
+            for nve, order in farewells(record, vm):
+                self._tell(nve, order)
+            # What its NVE said of it when it came back in mid-move was not listened to.
+            self._look_at(record.vm.name)
 
     async def follow(self, move_id: str) -> AsyncIterator[dict[str, Any]]:
         """Every state of a move until it has ended."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from overland.model.names import port_name
 from overland.model.nve import NveIntent, VnIntent, changed
 from overland.model.ticket import Seal, Ticket
 from overland.nve.agent import Agent
-from overland.nve.cold import ColdMoves, may_be_last
+from overland.nve.cold import ColdMoves, ColdSteps, may_be_last
 from overland.nve.handovers import Handovers
 from overland.nve.journal import PartJournal
 from overland.nve.revisions import Revisions
@@ -82,15 +83,16 @@ class Nve:
             PartJournal(Path(config.run_dir) / "moves"),
             self._opened,
         )
-        self._cold = ColdMoves(
+        cold_steps = ColdSteps(
             config.host,
             config.underlay_ipv4 or config.underlay_ipv6 or "",
             self._hypervisor,
             self._agent,
-            self._say,
             self._opened,
             self._saw,
+            time.time_ns,
         )
+        self._cold = ColdMoves(cold_steps, self._say)
         self._host = Host(name=config.host)
         self._vns: dict[str, VnIntent] = {}
         self._revisions = Revisions()
@@ -151,7 +153,7 @@ class Nve:
         return w.Hello(
             protocol=w.PROTOCOL,
             host=self._host,
-            known=dict(self._revisions.known),
+            known=dict(self._revisions.newest),
             vms=dict(self._states),
             moves=(*self._handovers.open_moves(), *self._hypervisor.taken()),
         )
@@ -167,7 +169,13 @@ class Nve:
 
     def _heard(self, message: w.FromNva) -> None:
         match message:
-            case w.VnPush() | w.VnUpdate() | w.Complete():
+            case (
+                w.VnPush(network=network, revision=revision)
+                | w.VnUpdate(network=network, revision=revision)
+            ):
+                self._revisions.heard(network, revision)
+                self._turns.put_nowait(message)
+            case w.Complete():
                 self._turns.put_nowait(message)
             case w.MoveOrder(order=order):
                 self._ordered(order)
@@ -286,6 +294,9 @@ class Nve:
         match order.action:
             case "gauge":
                 return w.VmAnswer(id=order.id, gauge=await self._hypervisor.gauge(name))
+            case "look":
+                await self._look_at(name)
+                return w.VmAnswer(id=order.id)
             case "forget":
                 await self._hypervisor.drop_checkpoint(name)
                 return w.VmAnswer(id=order.id)
@@ -297,6 +308,16 @@ class Nve:
             case action:
                 await self._vm_do(action, order.vm)
                 return w.VmAnswer(id=order.id)
+
+    async def _look_at(self, name: str) -> None:
+        """What there is of a VM, from its process or, without one, from its files."""
+        state = await self._hypervisor.state(name)
+        if state is None:
+            self._saw(name, "suspended" if await self._hypervisor.saved_bytes(name) else None)
+        elif state in ("running", "paused"):
+            self._saw(name, state)
+        if state is None and name not in self._states:
+            self._link.send(w.VmReport(vm=name, state="crashed", reason="it is not there"))
 
     async def _ports_of(self, vm: Vm) -> list[str]:
         """The VM's ports, once the kernel has them."""

@@ -179,8 +179,22 @@ class QemuHypervisor:
     async def _recall(self, machine: _Machine) -> None:
         """What its events would have told, had we listened."""
         machine.migration = (await self._do(machine, "query-migrate")).get("status", "")
-        if (await self._do(machine, "query-status"))["status"] not in ("running", "inmigrate"):
+        status = (await self._do(machine, "query-status"))["status"]
+        if status not in ("running", "inmigrate"):
             machine.stopped_ns = time.time_ns()
+        await self._process_or_state(machine.name, runs=status == "running")
+
+    async def _process_or_state(self, vm: str, *, runs: bool) -> None:
+        """Where both are left, one is the VM: its state, unless it has run on from it (HO-55).
+
+        A former daemon was killed between the two, while it suspended or woke the VM. A state that
+        stayed beside a VM that runs could be woken, much later, as if it were the VM.
+        """
+        saved = self._saved(vm)
+        if saved.exists() and runs:
+            saved.unlink()
+        elif saved.exists():
+            await self._end(vm)
 
     def adopt(self, vm: str, port: str) -> None:
         """After a restart: take a descriptor of tap `port` from the VM's process."""
@@ -497,6 +511,7 @@ class QemuHypervisor:
 
     async def keep_state(self, vm: str, move: str) -> None:
         taken = self._run_dir / "taken" / move
+        await self._taker.close(taken)  # a state that is given twice comes to nobody
         if taken.exists():
             self._saved(vm).parent.mkdir(exist_ok=True)
             taken.replace(self._saved(vm))

@@ -52,10 +52,11 @@ class Taker:
 
     async def give_up(self, path: Path) -> None:
         """Wait no longer for the file at `path`, and remove it; content with absence."""
-        await self._stop_waiting(path)
+        await self.close(path)
         path.unlink(missing_ok=True)
 
-    async def _stop_waiting(self, path: Path) -> None:
+    async def close(self, path: Path) -> None:
+        """Wait no longer for the file at `path`; one that is whole stays."""
         _, task = self._waiting.pop(path, ("", None))
         if task is not None:
             task.cancel()

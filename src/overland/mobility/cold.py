@@ -66,6 +66,7 @@ from overland.mobility.saga import (
     merge,
     names,
 )
+from overland.model.cluster import VmState
 from overland.model.handover import ENDED, Acknowledgement, Handover, committed, is_up
 
 WAKE_LIMIT_S = 30.0
@@ -98,8 +99,9 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             return _committed(record, event, now_s, now_ns)
         case Running(at_ns=at_ns):
             return _woken(msgspec.structs.replace(record, resume_ns=at_ns), now_s, now_ns)
-        case Crashed(nve=nve, why=why):
-            return _asleep(record, f"the VM does not run on at {nve}: {why}", now_s, now_ns)
+        case Crashed(nve=nve, why=why, gone=gone):
+            why = f"the VM does not run on at {nve}: {why}"
+            return _asleep(record, why, now_s, now_ns, "crashed" if gone else "suspended")
         case Failed(nve=nve, step=what, why=why):
             return _failed(record, f"{nve}: {what}: {why}", now_s, now_ns)
         case CommitRefused(why=why):
@@ -257,8 +259,11 @@ def _acknowledged(record: Handover, event: Acknowledged, now_s: float, now_ns: i
 
 
 def _stopped(record: Handover, event: Stopped) -> Step:
-    if record.phase != "paused" or record.memory.total_bytes:
+    if record.phase != "paused":
         return record, ()
+    if record.memory.total_bytes:
+        # It was asked twice, and the second time in place of what it has to do now (HO-53).
+        return record, _outstanding(record, event.nve)
     record = msgspec.structs.replace(record, stop_ns=event.stop_ns, memory=event.memory)
     return record, _outstanding(record)
 
@@ -293,12 +298,17 @@ def _committed(record: Handover, event: Committed, now_s: float, now_ns: int) ->
     return _woken(record, now_s, now_ns)
 
 
-def _asleep(record: Handover, why: str, now_s: float, now_ns: int) -> Step:
-    """The move ends with the VM suspended: its state at the new host, and the old one, stay."""
+def _asleep(
+    record: Handover, why: str, now_s: float, now_ns: int, ends_as: VmState = "suspended"
+) -> Step:
+    """The move ends with the VM suspended: its state at the new host, and the old one, stay.
+
+    Without a state there it has crashed: perhaps it ran, so the old state is nobody's to wake.
+    """
     if record.phase != "committed":
         return record, ()
     why = f"{why}; {record.old_nve} keeps the state that it saved"
-    return _woken(msgspec.structs.replace(record, reason=why, ends_as="suspended"), now_s, now_ns)
+    return _woken(msgspec.structs.replace(record, reason=why, ends_as=ends_as), now_s, now_ns)
 
 
 def _woken(record: Handover, now_s: float, now_ns: int) -> Step:

@@ -249,6 +249,18 @@ def recoverable(record: Handover) -> bool:
     return aborted and record.lost and record.checkpoints.count > 0
 
 
+def keeper(record: Handover) -> str | None:
+    """The host that keeps a state from which the VM of an ended move can be recovered, if need be.
+
+    After a warm move whose old host was lost: the new one, with the newest checkpoint. After a cold
+    one whose VM did not wake, or perhaps woke and is gone: the old one, with what it saved.
+    """
+    if record.mode != "cold":
+        return record.new_nve if recoverable(record) else None
+    slept = record.outcome == "moved" and record.memory.total_bytes > 0 and not record.resume_ns
+    return record.old_nve if slept else None
+
+
 def _steer_again(record: Handover, nve: str) -> tuple[Tell, ...]:
     steered = names(record.steered)
     first = nve == record.new_nve and nve not in steered
@@ -603,6 +615,9 @@ def _give_up_waiting(record: Handover, nves: frozenset[str], now_s: float, now_n
         outcome = "unknown" if unknown else record.outcome
         return _restore(msgspec.structs.replace(record, outcome=outcome), now_s, now_ns)
     unheard = _keeps_its_end(record)
+    if record.closing:
+        silent = record.waiting & (nves - unheard)
+        record = msgspec.structs.replace(record, unclosed=record.unclosed | silent)
     record = msgspec.structs.replace(record, waiting=record.waiting - (nves - unheard))
     if unheard and not _keeps_its_end(record):
         record = msgspec.structs.replace(record, deadline_s=now_s + CLOSE_LIMIT_S)

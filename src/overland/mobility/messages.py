@@ -249,9 +249,13 @@ class Running(Report, frozen=True, kw_only=True, tag=True):
 
 
 class Crashed(Report, frozen=True, kw_only=True, tag=True):
-    """The VM's process ended at the new NVE after the commit: the VM's failure, not the move's."""
+    """The VM's process ended at the new NVE after the commit: the VM's failure, not the move's.
+
+    `gone`: not even a state is left there, so the VM may have run on and have ended since.
+    """
 
     why: str
+    gone: bool = False
 
 
 class GivenBack(Report, frozen=True, kw_only=True, tag=True):

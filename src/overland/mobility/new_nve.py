@@ -105,6 +105,11 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             return part, (TakeDigest(),)
         case "whole", Done(effect="TakeDigest", text=sha256):
             return part, (Say(report=Digested(move=part.move, nve=part.nve, sha256=sha256)),)
+        case "arming", Activate(version=version):
+            # It had come further than its disk had room to say, and was restarted (HO-58). It has
+            # steered, or there would be no commit; perhaps nobody is left to answer its marker.
+            part = msgspec.structs.replace(part, version=version, failure=None)
+            return to(part, "activating", *_AGAIN, *_RUN)
         case "whole" | "activating", Activate(version=version):
             part = msgspec.structs.replace(part, version=version)
             return to(part, "activating", *_RUN)
@@ -157,6 +162,14 @@ _GIVE_BACK: tuple[Do, ...] = (
     HoldPorts(),
     ReleaseInto(tunnel=True),
 )
+_AGAIN: tuple[Do, ...] = (
+    MakeTunnel(to="old"),
+    ArmPorts(),
+    ReleaseInto(tunnel=False),
+    ArmPeers(),
+)
+"""What a daemon that was killed has left in the kernel, taken back."""
+
 _GIVING_BACK = {type(effect).__name__ for effect in _GIVE_BACK}
 
 
@@ -219,13 +232,7 @@ def _said(part: Part) -> tuple[Do, ...]:
 
 def _resumed(part: Part) -> PartStep:
     """Take back what only the daemon held: readers of queues, sockets that answer."""
-    again: tuple[Do, ...] = (
-        MakeTunnel(to="old"),
-        ArmPorts(),
-        ReleaseInto(tunnel=False),
-        ArmPeers(),
-        *((_STEER,) if part.steered_ns else ()),
-    )
+    again = (*_AGAIN, *((_STEER,) if part.steered_ns else ()))
     match part.stage:
         case "arming":
             return failed(part, "prepare", RESTARTED)

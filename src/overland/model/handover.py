@@ -282,10 +282,10 @@ class Handover(Record, frozen=True, kw_only=True):
     `equal_ns`: the new copy is whole, both are stopped (R-09). `marked`: who has the address in
     transit in its kernel. `ends_as`: the state of the VM after a cold move. `waiting` names the
     NVEs whose answer the present phase needs. `forecast`: what was expected before. `grounds`: why
-    it could begin, and who knew that. `restored`: an
-    abort has the VM back at the old host. `lost`: the old host is dead, or fenced by hand, so
-    nobody restores anything. `closing`: everybody was told to clean up. `deadline_s` is compared
-    with Tick. `uri` takes the memory, `keep_uri` the checkpoints of a warm move.
+    it could begin, and who knew that. `restored`: an abort has the VM back at the old host. `lost`:
+    the old host is dead, or fenced by hand, so nobody restores anything. `closing`: everybody was
+    told to clean up; `unclosed`: who was given up before he said that he has. `deadline_s` is
+    compared with Tick. `uri` takes the memory, `keep_uri` the checkpoints of a warm move.
     """
 
     id: str
@@ -319,6 +319,7 @@ class Handover(Record, frozen=True, kw_only=True):
     restored: bool = False
     lost: bool = False
     closing: bool = False
+    unclosed: frozenset[str] = frozenset()
     deadline_s: float = 0.0
     outcome: Literal["open", "moved", "aborted", "unknown"] = "open"
     reason: str | None = None

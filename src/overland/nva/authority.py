@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from overland.mobility.coordinator import recoverable
+from overland.mobility.coordinator import keeper
 from overland.model.cluster import (
     Endpoint,
     Gateway,
@@ -299,7 +299,8 @@ class Authority:
             faces = {each.network: each for each in vm.interfaces}
             before = faces.get(network, Interface(network=network, mac=""))
             wish = msgspec.structs.replace(before, **changes)
-            _stop_if(rules.address_blockers(self.cluster, name, wish))
+            point = self.recovery_point(name)
+            _stop_if(rules.address_blockers(self.cluster, name, wish, point))
             interfaces = tuple(wish if each == before else each for each in vm.interfaces)
             vm = msgspec.structs.replace(vm, interfaces=interfaces, version=vm.version + 1)
             await self._write({f"vm/{name}": vm})
@@ -451,26 +452,59 @@ class Authority:
         return self.move_blockers(name, to)
 
     def recovery_point(self, name: str) -> Handover | None:
-        """The warm move whose newest checkpoint is all that there is of VM `name`."""
-        vm = self.cluster.vms.get(name)
-        ended = (each for each in self.ended_moves.values() if each.vm.name == name)
-        last = max(ended, key=lambda each: each.phases[0].at_ns, default=None)
-        if vm is None or last is None or not recoverable(last):
+        """The ended move that has left a state of VM `name` with its `keeper`, but not the VM."""
+        vm, last = self.cluster.vms.get(name), self._last_move(name)
+        kept = keeper(last) if last is not None else None
+        if vm is None or last is None or kept is None:
             return None
-        untouched = (vm.host, vm.version) == (last.old_nve, last.version)
-        begun = (vm.host, vm.version) == (last.new_nve, last.version + 1)
+        left = last.new_nve if last.mode == "cold" else last.old_nve
+        untouched = (vm.host, vm.version) == (left, last.version)
+        begun = (vm.host, vm.version) == (kept, last.version + 1)
         return last if untouched or (begun and vm.state in ("preparing", "crashed")) else None
 
-    async def no_recovery(self, name: str) -> str | None:
-        """VM `name` needs its checkpoint no more; the host that has one, if there is any."""
+    def to_turn_back(self, host: str) -> tuple[Handover, ...]:
+        """Cold moves that ended without their old NVE `host`, which may still have the VM."""
+        return tuple(
+            record
+            for record in self.ended_moves.values()
+            if record.mode == "cold" and record.lost and record.old_nve == host
+            if (vm := self.cluster.vms.get(record.vm.name)) is not None
+            if (vm.host, vm.version, vm.move) == (host, record.version, None)
+        )
+
+    def _last_move(self, name: str) -> Handover | None:
+        ended = (each for each in self.ended_moves.values() if each.vm.name == name)
+        return max(ended, key=lambda each: each.phases[0].at_ns, default=None)
+
+    async def turned_back(self, move_id: str) -> None:
+        """The old NVE of a cold move was heard at last: what is left of the VM is as before."""
+        async with self._lock:
+            record = self.ended_moves[move_id]
+            if record.mode == "cold" and record.lost:
+                record = msgspec.structs.replace(record, lost=False)
+                await self._write({f"move/{move_id}": record})
+                self.ended_moves[move_id] = record
+
+    def is_alive(self, name: str, state: str) -> bool:
+        """Tell whether VM `name`, seen in `state`, needs no more what another host keeps of it.
+
+        A VM that is paused in the middle of a warm move has still to be run again.
+        """
+        point = self.recovery_point(name)
+        cold = point is not None and point.mode == "cold"
+        return state == "running" or (cold and state == "paused")
+
+    async def no_recovery(self, name: str) -> Handover | None:
+        """VM `name` needs no recovery any more; the move whose `keeper` may drop what it has."""
         async with self._lock:
             point = self.recovery_point(name)
             if point is None:
                 return None
-            point = msgspec.structs.replace(point, lost=False)
-            await self._write({f"move/{point.id}": point})
-            self.ended_moves[point.id] = point
-        return point.new_nve
+            since = {"resume_ns": time.time_ns()} if point.mode == "cold" else {"lost": False}
+            after = msgspec.structs.replace(point, **since)
+            await self._write({f"move/{point.id}": after})
+            self.ended_moves[point.id] = after
+        return point
 
     async def recover(self, name: str, *, fenced: bool) -> Vm:
         """Give VM `name` to the host of its newest checkpoint, under a new version; Blocked if not.
@@ -482,7 +516,7 @@ class Authority:
             _stop_if(rules.recover_blockers(self.cluster, name, point, fenced=fenced))
             assert point is not None
             vm = msgspec.structs.replace(
-                vm, host=point.new_nve, version=point.version + 1, state="preparing"
+                vm, host=keeper(point), version=point.version + 1, state="preparing"
             )
             await self._write({f"vm/{name}": vm})
             self.cluster.vms[name] = vm

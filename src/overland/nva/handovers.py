@@ -15,7 +15,8 @@ from typing import Protocol
 
 from overland.mobility import cold, coordinator
 from overland.mobility import messages as m
-from overland.model.handover import ENDED, Handover, committed, marking
+from overland.model.cluster import Vm, VmState
+from overland.model.handover import ENDED, Handover, Marking, committed, marking
 from overland.nva.mapping import VnView
 from overland.ports import Conflict, StoreFailure
 
@@ -100,18 +101,9 @@ class Handovers:
         all. An interface in another VN may be behind, or not be there yet.
         """
         for move in self._open.values():
-            record = move.record
-            networks = [port.network for port in record.ports]
-            views = [found for network in networks if (found := view(network)) is not None]
-            name = record.vm.name
-            current = all(v.versions.get(name, 0) >= record.version for v in views)
-            current = current and not any(
-                view(each) is None and has_part(each) for each in networks
-            )
-            markings = {each.markings.get(name, "none") for each in views}
-            if record.mode == "cold" and current and len(markings) == 1:
-                has = markings.pop()
-                move.post(m.Acknowledged(nve=nve, at_ns=time.time_ns(), marking=has))
+            found = marked_at(move.record, view, has_part)
+            if found is not None:
+                move.post(m.Acknowledged(nve=nve, at_ns=time.time_ns(), marking=found))
 
     def lost(self, nve: str, *, dead: bool) -> None:
         """The lease of NVE `nve` has ended; `dead`: nobody hears its host either."""
@@ -261,12 +253,72 @@ def _step(record: Handover, event: m.CoordinatorEvent) -> Step:
     return step(record, event, time.monotonic(), time.time_ns())
 
 
-def last_order_cold(record: Handover) -> m.DropCopy:
-    """What an NVE is told that has still what it took for a cold move which has ended.
+def marked_at(
+    record: Handover, view: Callable[[str], VnView | None], has_part: Callable[[str], bool]
+) -> Marking | None:
+    """How a cold move's VM is marked in the kernel of an NVE, in all its VNs alike; else None.
 
-    After the commit that became the VM's own, so what is left is of no use.
+    `view` is a VN as it is known to be in that kernel; `has_part`: whether it is to be there.
     """
-    return m.DropCopy(move=record.id, vm=record.vm, ports=record.ports)
+    networks = [port.network for port in record.ports]
+    views = [found for network in networks if (found := view(network)) is not None]
+    name = record.vm.name
+    current = all(each.versions.get(name, 0) >= record.version for each in views)
+    current = current and not any(view(each) is None and has_part(each) for each in networks)
+    markings = {each.markings.get(name, "none") for each in views}
+    return markings.pop() if record.mode == "cold" and current and len(markings) == 1 else None
+
+
+def turn_back(record: Handover) -> m.Return:
+    """What the old NVE of a cold move is told that was given up for dead, and is back (HO-56)."""
+    return m.Return(move=record.id, vm=record.vm, ports=record.ports)
+
+
+def farewells(record: Handover, vm: Vm | None) -> tuple[tuple[str, m.AnyOrder | m.ColdOrder], ...]:
+    """What is said once a move has ended, to NVEs that may have missed the end (HO-57, HO-59).
+
+    Of a hot move to those who have not said that they closed; of a cold one to the new NVE unless
+    it has said that the VM is as it must be, and to an old one that was given up. Those who are
+    away are told when they come back.
+    """
+    if record.phase not in ENDED:
+        return ()
+    if record.mode != "cold":
+        silent = sorted(record.unclosed)
+        return tuple((nve, each) for nve in silent for each in last_orders(record, nve, vm))
+    old = ((record.old_nve, turn_back(record)),) if record.lost else ()
+    if record.resume_ns:
+        return old
+    return (*old, (record.new_nve, _last_order_cold(record, record.new_nve, vm)))
+
+
+def _last_order_cold(record: Handover, nve: str, vm: Vm | None) -> m.ColdOrder:
+    """What an NVE is told that may have still what it took for a cold move.
+
+    That is the VM, if the new NVE did not hear of the commit before it was given up: the VM does
+    there at last what it was moved to do (HO-52). Else it is of no use.
+    """
+    move, ports = record.id, record.ports
+    now = vm and (vm.host, vm.version, vm.state, vm.move)
+    sleeps = now == (nve, record.version, "suspended", None)
+    if sleeps and record.outcome == "moved" and nve == record.new_nve:
+        return m.WakeUp(move=move, vm=record.vm, ports=ports, version=record.version)
+    return m.DropCopy(move=move, vm=record.vm, ports=ports)
+
+
+def state_since(record: Handover, vm: Vm | None, nve: str, report: m.AnyReport) -> VmState | None:
+    """The VM's state by what NVE `nve` says after the end of a cold move; None: it says nothing."""
+    if vm is None or vm.move is not None or (vm.host, vm.version) != (nve, record.version):
+        return None
+    match report:
+        case m.Restored() if nve == record.old_nve and record.lost and vm.state != "crashed":
+            return record.vm.state
+        case m.Running() if nve == record.new_nve:
+            return record.vm.state
+        case m.Crashed(gone=True) if nve == record.new_nve:
+            return "crashed"
+        case _:
+            return None
 
 
 def begins_to_close(before: Handover, after: Handover) -> bool:
@@ -277,11 +329,13 @@ def begins_to_close(before: Handover, after: Handover) -> bool:
     return committed(after.phase) and after.closing and not before.closing
 
 
-def last_orders(record: Handover, nve: str) -> tuple[m.AnyOrder, ...]:
+def last_orders(record: Handover, nve: str, vm: Vm | None) -> tuple[m.AnyOrder | m.ColdOrder, ...]:
     """What NVE `nve` is told that still has a part in a move which has ended as `record` says.
 
-    What takes time there is answered by a report, and that by Close.
+    What takes time there is answered by a report, and that by Close. `vm` is the VM as it is now.
     """
+    if record.mode == "cold":
+        return (_last_order_cold(record, nve, vm),)
     move, version, close = record.id, record.version, coordinator.close_order(record, nve)
     moved = record.outcome == "moved"
     if nve == record.old_nve:

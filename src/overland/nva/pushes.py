@@ -72,6 +72,8 @@ class Pushes:
     ) -> Whole | Update | None:
         """The push that brings `host` to `view`; None when it has been told all of it.
 
+        That an address is no longer in transit is told although nothing may be left to change (the
+        VM has crashed meanwhile): its acknowledgement is waited for (HO-51).
         `view` is None when there is no such VN. `again`: its acknowledgement may have been lost,
         so there is a push in any case, with all versions.
         """
@@ -84,7 +86,8 @@ class Pushes:
         change = view.change(host, before)
         if change is None:
             return self._whole(host, network, view)
-        if change == VnChange() and not again:
+        same = change == VnChange() and view.markings == before.markings
+        if same and not again:
             return None
         self._revision += 1
         sent.append((self._revision, view))

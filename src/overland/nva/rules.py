@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 from collections.abc import Iterator
 
+from overland.mobility.coordinator import keeper
 from overland.model.cluster import (
     Endpoint,
     Host,
@@ -252,13 +253,21 @@ def vm_blockers(cluster: Cluster, wish: Vm) -> Iterator[Refused]:
         yield from _reach(cluster, cluster.hosts[wish.host], wish.interfaces)
 
 
-def address_blockers(cluster: Cluster, name: str, wish: Interface) -> Iterator[Refused]:
-    """Why VM `name` cannot have the addresses of `wish` on the interface that it has there."""
+def address_blockers(
+    cluster: Cluster, name: str, wish: Interface, point: Handover | None
+) -> Iterator[Refused]:
+    """Why VM `name` cannot have the addresses of `wish` on the interface that it has there.
+
+    `point`: the move that has left a state of it elsewhere, which is known by the VM's version.
+    """
     vm = cluster.vms.get(name)
     if vm is None:
         yield _unknown("vm", name)
         return
     yield from _already_moving(vm)
+    if point is not None:
+        why = f"it is not known to run, and {keeper(point)} keeps a state of it"
+        yield _no("to_be_recovered", f"vm {name}", why, f"`overland vm recover {name}` or `start`")
     if not any(each.network == wish.network for each in vm.interfaces):
         why = f"it has no interface in network {wish.network}"
         yield _no("unknown_interface", f"vm {name}", why, f"`overland vm show {name}`")
@@ -366,7 +375,7 @@ def warm_blockers(cluster: Cluster, name: str, to: str, options: Options) -> Ite
 def recover_blockers(
     cluster: Cluster, name: str, point: Handover | None, *, fenced: bool
 ) -> Iterator[Refused]:
-    """Why VM `name` cannot be run from its newest checkpoint, the one of warm move `point`.
+    """Why VM `name` cannot be run from what move `point` has left with its `keeper`.
 
     Never while its former copy may run (R-14): it has crashed, its host is dead, or somebody says
     that it is off.
@@ -376,7 +385,8 @@ def recover_blockers(
         yield _unknown("vm", name)
         return
     what, host = f"vm {name}", cluster.hosts.get(vm.host)
-    gone = vm.state == "crashed" or (point is not None and vm.host == point.new_nve)
+    kept = keeper(point) if point is not None else None
+    gone = vm.state == "crashed" or vm.host == kept
     if host is not None and host.ready and not gone:
         hint = f"`overland vm stop {name}`, or move it"
         yield _no("old_copy_may_run", what, f"host {vm.host} is there, and may run it", hint)
@@ -387,17 +397,15 @@ def recover_blockers(
         hint = f"wait for it, or `overland migration repair {vm.move}`"
         yield _no("move_in_progress", what, f"migration {vm.move} has not ended", hint)
     elif point is None:
-        why = "no warm move has left a whole checkpoint of it on another host"
+        why = "no move has left a checkpoint or a saved state of it on another host"
         yield _no("no_checkpoint", what, why, f"`overland vm start {name}` once its host is back")
-    if point is None:
+    if kept is None:
         return
     yield from (
-        refusal
-        for refusal in host_blockers(cluster, point.new_nve)
-        if refusal.code != "host_drained"
+        refusal for refusal in host_blockers(cluster, kept) if refusal.code != "host_drained"
     )
-    new = cluster.hosts.get(point.new_nve)
-    if new is not None and vm.host != point.new_nve:
+    new = cluster.hosts.get(kept)
+    if new is not None and vm.host != kept:
         yield from _fits(cluster, new, vm)
         yield from _reach(cluster, new, vm.interfaces)
 

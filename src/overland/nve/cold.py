@@ -1,16 +1,15 @@
 """Carries out this host's orders of cold moves.
 
 The NVE keeps no part of a cold move: what stands is what the hypervisor has on this host, a process
-or a saved state, and each order is content with being done already (ADR 0015). One order of a move
-is under way at a time; the next one takes its place, so that an order to turn back never waits for
-a state that is being carried.
+or a saved state, and each order is content with being done already (ADR 0015). `ColdSteps` is what
+an order comes to, `ColdMoves` when: one order of a move is under way at a time, and the next one
+takes its place, so that an order to turn back never waits for a state that is being carried.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from typing import Protocol, assert_never
 
@@ -36,8 +35,8 @@ class Ground(Protocol):
         ...
 
 
-class ColdMoves:
-    """`address`: where states are taken. `say` and `opened` as in `nve.handovers`.
+class ColdSteps:
+    """`address`: where states are taken. `opened` as in `nve.handovers`. `now_ns`: CLOCK_REALTIME.
 
     `seen` is told what became of a VM here: its state, None when nothing of it is left.
     """
@@ -48,43 +47,24 @@ class ColdMoves:
         address: str,
         hypervisor: Hypervisor,
         ground: Ground,
-        say: Callable[[m.AnyReport], None],
         opened: Callable[[Seal | None], Ticket | str],
         seen: Callable[[str, str | None], None],
+        now_ns: Callable[[], int],
     ) -> None:
         self._nve = nve
         self._address = address
         self._hypervisor = hypervisor
         self._ground = ground
-        self._say = say
         self._opened = opened
         self._seen = seen
-        self._at_work: dict[str, tuple[m.ColdOrder, asyncio.Task[None]]] = {}
+        self._now_ns = now_ns
 
-    def order(self, order: m.ColdOrder) -> None:
-        """Begin `order`; its answer comes as a report. One that is under way goes on."""
-        before = self._at_work.get(order.move)
-        if before is not None:
-            former, task = before
-            if type(former) is type(order) and not task.done():
-                return
-            task.cancel()
-        task = asyncio.create_task(self._carry_out(order, before[1] if before else None))
-        self._at_work[order.move] = (order, task)
-        task.add_done_callback(lambda done: self._done(order.move, done))
-
-    def _done(self, move: str, task: asyncio.Task[None]) -> None:
-        if self._at_work.get(move, (None, None))[1] is task:
-            del self._at_work[move]
-
-    async def _carry_out(self, order: m.ColdOrder, before: asyncio.Task[None] | None) -> None:
-        if before is not None:
-            await asyncio.wait({before})
+    async def carry_out(self, order: m.ColdOrder) -> m.AnyReport:
+        """Do what `order` says, unless it is done already; what it came to, good or bad."""
         try:
-            report = await self._report(order)
+            return await self._report(order)
         except PortFailure as failure:
-            report = self._failed(order, type(order).__name__, str(failure))
-        self._say(report)
+            return self._failed(order, type(order).__name__, str(failure))
 
     def _failed(self, order: m.ColdOrder, step: str, why: str) -> m.Failed:
         return m.Failed(move=order.move, nve=self._nve, step=step, why=why)
@@ -102,7 +82,7 @@ class ColdMoves:
                 return m.Prepared(move=move, nve=nve, uri=uri)
             case m.GiveState(uri=uri):
                 await self._hypervisor.give_state(vm.name, uri)
-                return m.Received(move=move, nve=nve, at_ns=_now_ns())
+                return m.Received(move=move, nve=nve, at_ns=self._now_ns())
             case m.WakeUp() | m.DropState():
                 why = self._refusal(order)
                 if why is not None:
@@ -132,7 +112,7 @@ class ColdMoves:
             ports=order.ports,
             nve=self._nve,
             base_version=order.vm.version,
-            now_ns=time.time_ns(),
+            now_ns=self._now_ns(),
         )
 
     async def _associate(self, order: m.Associate) -> None:
@@ -157,8 +137,11 @@ class ColdMoves:
         """Its interfaces are activated: the push that says so came before (HO-22)."""
         try:
             await self._hypervisor.keep_state(order.vm.name, order.move)
+        except PortFailure as failure:
+            return m.Crashed(move=order.move, nve=self._nve, why=str(failure), gone=True)
+        try:
             self._seen(order.vm.name, "suspended")
-            at_ns = _now_ns()
+            at_ns = self._now_ns()
             if is_up(order.vm):
                 for port in order.ports:
                     await self._ground.ready(port.port)
@@ -196,13 +179,39 @@ class ColdMoves:
         return m.Closed(move=order.move, nve=self._nve, packets=packets)
 
 
+class ColdMoves:
+    """One order at a time of each move; `say` is told what it came to."""
+
+    def __init__(self, steps: ColdSteps, say: Callable[[m.AnyReport], None]) -> None:
+        self._steps = steps
+        self._say = say
+        self._at_work: dict[str, tuple[m.ColdOrder, asyncio.Task[None]]] = {}
+
+    def order(self, order: m.ColdOrder) -> None:
+        """Begin `order`; its answer comes as a report. One that is under way goes on."""
+        before = self._at_work.get(order.move)
+        if before is not None:
+            former, task = before
+            if type(former) is type(order) and not task.done():
+                return
+            task.cancel()
+        task = asyncio.create_task(self._carry_out(order, before[1] if before else None))
+        self._at_work[order.move] = (order, task)
+        task.add_done_callback(lambda done: self._done(order.move, done))
+
+    def _done(self, move: str, task: asyncio.Task[None]) -> None:
+        if self._at_work.get(move, (None, None))[1] is task:
+            del self._at_work[move]
+
+    async def _carry_out(self, order: m.ColdOrder, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait({before})
+        self._say(await self._steps.carry_out(order))
+
+
 def may_be_last(vm: Vm, nve: str) -> bool:
     """Whether a state of `vm` at `nve`, where it is not, may be the only good one (HO-43).
 
     So it is of a VM that did not wake after its move: the old state goes when the VM is up.
     """
     return vm.state == "suspended" and vm.host != nve
-
-
-def _now_ns() -> int:
-    return time.clock_gettime_ns(time.CLOCK_REALTIME)

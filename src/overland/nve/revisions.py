@@ -13,12 +13,24 @@ Judgement = Literal["take", "skip", "ask"]
 
 
 class Revisions:
-    """`known` has what is in the kernel, by VN: a restarted NVE knows nothing."""
+    """By VN, `known` is what is in the kernel, `newest` what was heard: some of it still waits.
+
+    A restarted NVE knows nothing.
+    """
 
     def __init__(self) -> None:
         self.known: dict[str, int] = {}
+        self.newest: dict[str, int] = {}
         self._held: set[str] = set()
         self._asked: set[str] = set()
+
+    def heard(self, network: str, revision: int) -> None:
+        """A push has come: the NVA hears of it, and gives its number to no other (HO-54).
+
+        It waits for its turn across a new connection, and what a restarted NVA says with the same
+        number would be taken for it.
+        """
+        self.newest[network] = max(revision, self.newest.get(network, 0))
 
     def judge(self, network: str, revision: int, base: int | None) -> Judgement:
         """What to do with a push of `revision`; `base` is what it changes, None for the whole."""

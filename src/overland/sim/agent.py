@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 TURN_LIMIT_S = 5.0
 Prepare = m.PrepareNew | m.PrepareOld | m.PreparePeer
+Turn = Whole | Update | Prepare | m.ColdOrder
 Done = Callable[[Failures], None]
 
 rendered = lru_cache(KEPT)(render)
@@ -52,7 +53,7 @@ class SimAgent:
         self._kernel = kernel
         self._moving = moving
         self._vns: dict[str, VnIntent] = {}
-        self._turns: deque[Whole | Update | Prepare] = deque()
+        self._turns: deque[Turn] = deque()
         self._at_work = False
         self._behind: Callable[[], None] | None = None
         self._rounds: deque[Done] = deque()
@@ -61,8 +62,10 @@ class SimAgent:
 
     # ------------------------------------------------------------ turns
 
-    def heard(self, message: Whole | Update | Prepare) -> None:
+    def heard(self, message: Turn) -> None:
         """What stands on one another is done in order: a prepare order waits for pushes (HO-22)."""
+        if isinstance(message, Whole | Update):
+            self.revisions.heard(NETWORK, message.revision)
         self._turns.append(message)
         self._next()
 
@@ -71,6 +74,8 @@ class SimAgent:
             message = self._turns.popleft()
             if isinstance(message, Whole | Update):
                 self._pushed(message)
+            elif isinstance(message, m.Cold):
+                self._host.cold.order(message)
             else:
                 self._host.prepare(message)
 
@@ -162,4 +167,5 @@ class SimAgent:
         self.intent = NveIntent(vns=(vn,))
         self._links, ops = compared(self.intent, self._kernel.state, self._moving)
         self._kernel.apply(ops)
+        self.revisions.heard(NETWORK, revision)
         self.revisions.applied(NETWORK, revision, held=True)

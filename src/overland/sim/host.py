@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Literal
 from overland.mobility import messages as m
 from overland.mobility import new_nve, old_nve, peer_nve
 from overland.mobility.nve import Part, PartStep
+from overland.model.cluster import VmState
 from overland.model.handover import Checkpoint, Options, Transfer
 from overland.model.nve import BridgeEntry, Muted, Op, TunnelEntry
 from overland.nve.moving import Moving
 from overland.sim.agent import Prepare, SimAgent
+from overland.sim.cold import SimColdMoves, SimHypervisor
 from overland.sim.domain import BRIDGE, DEVICE, MAC, PORT, address_of
-from overland.sim.kernel import Failures, FakeKernel, way
+from overland.sim.kernel import Failures, FakeKernel, drops, way
 
 if TYPE_CHECKING:
     from overland.sim.world import World
@@ -77,6 +79,8 @@ class SimHost:
         self.base_version = 0
         self.unsent: list[Callable[[], None]] = []
         self.closed: set[str] = set()
+        self.hypervisor = SimHypervisor(self)
+        self.cold = SimColdMoves(self)
         self.keeping = False
         self.checkpoint = False
 
@@ -95,9 +99,9 @@ class SimHost:
 
     # ------------------------------------------------------------ the shell (nve/handovers.py)
 
-    def order(self, order: m.AnyOrder) -> None:
+    def order(self, order: m.AnyOrder | m.ColdOrder) -> None:
         part = self.part
-        if isinstance(order, Prepare):
+        if isinstance(order, Prepare | m.Cold):
             self.agent.heard(order)
             return
         if part is not None and part.move == order.move:
@@ -253,6 +257,7 @@ class SimHost:
         self.part = None
         self.unsent.clear()
         self.closed.clear()
+        self.hypervisor.daemon_died()
         self.listens = False
         for queue in (self.gate.queue if self.gate else None, self.held):
             while queue:
@@ -260,8 +265,10 @@ class SimHost:
 
     def restart(self) -> None:
         self.alive = True
+        self.hypervisor.daemon_started()
         self.part = self.kept
         self.agent = SimAgent(self, self.kernel, self._moving())
+        self.cold = SimColdMoves(self)
         if self.part is None:
             self.gate, self.tunnel, self.held = None, False, None
         else:
@@ -272,8 +279,17 @@ class SimHost:
         if self.copy == "none":
             return
         self.copy = "none"
+        self.hypervisor.process_died()
+        if self.alive and not self.hypervisor.wakes:
+            self.world.crashed(self)
         if self.alive and self.part is not None and self.part.vm is not None:
             self.event(m.Broken(effect="vm", why="QEMU ended"))
+
+    def seen(self) -> VmState:
+        """What there is of the VM here, as the Hello says it."""
+        if self.copy == "none":
+            return "suspended" if self.hypervisor.saved is not None else "crashed"
+        return "running" if self.copy == "running" else "paused"
 
     # ------------------------------------------------------------ effects
 
@@ -536,6 +552,8 @@ class SimHost:
         """A frame for the VM comes in from the underlay: what is not for here goes nowhere."""
         if frame[0] == "marker" and self.listens:
             self.world.marker_seen(frame[1], self)
+        elif drops(self.kernel.state, DEVICE, MAC):
+            self.world.dropped(frame, self, late=True)
         elif self.way() == PORT:
             self._at_port(frame)
         else:
@@ -596,7 +614,9 @@ class SimHost:
 
     def _launch(self, frame: Frame) -> None:
         way = self.way()
-        if way == PORT:
+        if drops(self.kernel.state, DEVICE, MAC):
+            self.world.dropped(frame, self, late=False)
+        elif way == PORT:
             self._at_port(frame)
         elif way is None:
             self.world.lost(frame, "nobody knows where it lives")

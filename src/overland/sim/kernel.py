@@ -15,6 +15,7 @@ from overland.model.nve import (
     FLOOD,
     BridgeEntry,
     Fact,
+    InTransit,
     KernelState,
     Link,
     Muted,
@@ -33,6 +34,7 @@ _FIELDS = {
     TunnelEntry: "tunnel_entries",
     Neighbour: "neighbours",
     Muted: "muted",
+    InTransit: "in_transit",
 }
 Failures = tuple[OpFailure, ...]
 
@@ -89,6 +91,12 @@ def way(state: KernelState, device: str, mac: str) -> str | None:
     return next((each.remote for each in state.tunnel_entries if each.mac == mac), None)
 
 
+@lru_cache(KEPT)
+def drops(state: KernelState, port: str, mac: str) -> bool:
+    """Tell whether frames to `mac` that come in by `port` are dropped and counted (R-33)."""
+    return any(each.mac == mac and each.port == port for each in state.in_transit)
+
+
 def difference(one: KernelState, other: KernelState) -> str:
     """What only one of the two has, in words."""
     mine, others = (
@@ -121,6 +129,8 @@ def _key(fact: Fact) -> Hashable:
             return (Neighbour, bridge, address)
         case Muted(port=port):
             return (Muted, port)
+        case InTransit(port=port, mac=mac):
+            return (InTransit, port, mac)
         case _:
             raise AssertionError(f"no VN is routed here: {fact}")
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
+from overland.model.cluster import VmState
 from overland.sim.world import Plan, Violation, World
 
 DISKS = ("store", "disk")
 """The NVA's disk is full, or that of an NVE."""
+
+Mode = Literal["hot", "warm", "cold"]
+COLD_FROM: tuple[VmState, ...] = ("running", "running", "paused", "suspended", "shutdown")
+"""What a VM does before it moves cold."""
 
 KINDS = ("daemon", "daemon", "daemon", "nva", "cut", "cut", "copy", "abort")
 
@@ -24,22 +30,24 @@ class Failing:
     trace: tuple[str, ...]
 
 
-def plan_of(rng: random.Random, checkpoints: int = 0) -> Plan:
-    """Up to three faults at any moment of a move; every fourth move has none.
-
-    With `checkpoints` the move is warm.
-    """
+def plan_of(rng: random.Random) -> Plan:
+    """Up to three faults at any moment of a hot move; every fourth move has none."""
     faults = []
     for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 3))):
         kind = rng.choice(KINDS)
         at_s = rng.random() * rng.choice((0.06, 0.06, 0.3, 3.0))
         seconds = rng.choice((0.05, 0.5, 2.0, 6.0)) * (0.5 + rng.random())
         faults.append((at_s, kind, rng.choice(("old", "new", "peer")), seconds))
-    return Plan(
-        faults=tuple(faults),
-        duplicate=rng.choice((0.0, 0.0, 0.05)),
-        checkpoints=checkpoints,
-    )
+    return Plan(faults=tuple(faults), duplicate=rng.choice((0.0, 0.0, 0.05)))
+
+
+def in_mode(plan: Plan, mode: Mode, rng: random.Random) -> Plan:
+    """The same faults in a move of `mode`. Drawn apart: seeds of hot moves stay what they were."""
+    if mode == "warm":
+        return replace(plan, checkpoints=rng.choice((1, 3)))
+    if mode == "cold":
+        return replace(plan, cold=rng.choice(COLD_FROM))
+    return plan
 
 
 def with_full_disk(plan: Plan, rng: random.Random) -> Plan:
@@ -52,36 +60,40 @@ def with_full_disk(plan: Plan, rng: random.Random) -> Plan:
     return replace(plan, faults=(*plan.faults, full))
 
 
-def simulate(seed: int, moves: int, *, trace: bool = False, checkpoints: int = 0) -> World:
+def simulate(seed: int, moves: int, mode: Mode = "hot", *, trace: bool = False) -> World:
     """Run one seed: `moves` moves of one VM, one after the other. Raises Violation."""
     world = World(random.Random(seed).randrange(2**32), trace=trace)
-    for plan in plans_of(seed, moves, checkpoints):
+    for plan in plans_of(seed, moves, mode):
         world.run(plan)
     return world
 
 
-def plans_of(seed: int, moves: int, checkpoints: int = 0) -> Iterator[Plan]:
+def plans_of(seed: int, moves: int, mode: Mode) -> Iterator[Plan]:
     """What happens in each move under `seed`."""
-    rng, disks = random.Random(seed), random.Random(f"disks {seed}")
+    rng, disks, modes = (
+        random.Random(seed),
+        random.Random(f"disks {seed}"),
+        random.Random(f"modes {seed}"),
+    )
     rng.randrange(2**32)  # the world's own
     for _ in range(moves):
-        yield with_full_disk(plan_of(rng, checkpoints), disks)
+        yield in_mode(with_full_disk(plan_of(rng), disks), mode, modes)
 
 
-def failing(seed: int, moves: int) -> Failing | None:
+def failing(seed: int, moves: int, mode: Mode = "hot") -> Failing | None:
     """None when `seed` holds; else what broke, with the trace of a second, identical run."""
     try:
-        simulate(seed, moves)
+        simulate(seed, moves, mode)
     except Violation as violation:
-        return _explained(seed, moves, str(violation))
+        return _explained(seed, moves, mode, str(violation))
     return None
 
 
-def _explained(seed: int, moves: int, why: str) -> Failing:
+def _explained(seed: int, moves: int, mode: Mode, why: str) -> Failing:
     world = World(random.Random(seed).randrange(2**32), trace=True)
     move = 0
     try:
-        for move, plan in enumerate(plans_of(seed, moves), 1):  # noqa: B007 - it is told
+        for move, plan in enumerate(plans_of(seed, moves, mode), 1):  # noqa: B007 - it is told
             world.run(plan)
     except Violation:
         pass
@@ -89,11 +101,11 @@ def _explained(seed: int, moves: int, why: str) -> Failing:
     return Failing(seed=seed, move=move, why=why, trace=lines)
 
 
-def first_failing(first: int, last: int, moves: int, checkpoints: int = 0) -> int | None:
+def first_failing(first: int, last: int, moves: int, mode: Mode = "hot") -> int | None:
     """The first seed from `first` on, before `last`, that does not hold; None when all do."""
     for seed in range(first, last):
         try:
-            simulate(seed, moves, checkpoints=checkpoints)
+            simulate(seed, moves, mode)
         except Violation:
             return seed
     return None

@@ -57,6 +57,10 @@ class Subscribers:
         else:
             self._pushes.acknowledged(host.name, NETWORK, push.revision)
 
+    def in_kernel(self, host: SimHost) -> VnView | None:
+        """The VN as the NVE's kernel is known to have it."""
+        return self._pushes.in_kernel(host.name, NETWORK)
+
     def _push(self, host: SimHost, view: VnView, *, again: bool = False) -> None:
         push = self._pushes.news(host.name, NETWORK, view, again=again)
         if push is not None:

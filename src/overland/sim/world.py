@@ -14,16 +14,34 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
-from overland.mobility import coordinator
+import msgspec
+
+from overland.mobility import cold, coordinator
 from overland.mobility import messages as m
-from overland.model.handover import ENDED, Handover, Options, committed
+from overland.model.cluster import VmState
+from overland.model.handover import ENDED, Handover, Options, committed, marking
 from overland.model.nve import NveIntent
+from overland.model.ticket import ticket_of
 from overland.nva.authority import Authority
-from overland.nva.handovers import RETRY_S, begins_to_close, last_orders
+from overland.nva.cluster import AT_REST
+from overland.nva.handovers import (
+    RETRY_S,
+    Effects,
+    Step,
+    begins_to_close,
+    farewells,
+    last_orders,
+    marked_at,
+    state_since,
+    turn_back,
+)
 from overland.nva.pushes import Update, Whole
+from overland.nve.cold import may_be_last
 from overland.ports import Conflict, StoreFailure
 from overland.sim.agent import rendered
+from overland.sim.cold import has_vm
 from overland.sim.domain import NAMES, VM, at_once, founded, host_at, host_record
 from overland.sim.host import Frame, SimHost
 from overland.sim.kernel import Failures, difference
@@ -52,11 +70,18 @@ class Plan:
     frames: int = 12
     duplicate: float = 0.0
     checkpoints: int = 0
+    cold: VmState | None = None
+    """What a VM that moves cold does before; None: it moves hot, or warm with checkpoints."""
+
+    @property
+    def undisturbed(self) -> bool:
+        """Nothing fails; at most the operator changes his mind."""
+        return all(kind == "abort" for _, kind, _, _ in self.faults)
 
     @property
     def lossless(self) -> bool:
         """Tell whether the packet contract holds without exception."""
-        return all(kind == "abort" for _, kind, _, _ in self.faults)
+        return self.undisturbed and self.cold is None
 
 
 @dataclass
@@ -75,6 +100,7 @@ class World:
     def __init__(self, seed: int, *, trace: bool = False) -> None:
         self.random = random.Random(seed)
         self.now_s = 0.0
+        self.instant = 0
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self._running: set[str] = set()
@@ -130,6 +156,8 @@ class World:
         self.old = self.vm_host
         self.new = self.random.choice([name for name in NAMES if name != self.old])
         self._moves += 1
+        if plan.cold is not None:
+            self._bring_to(plan.cold)
         self.record = self._begun()
         self._step(m.Start())
         self._tick(self.nva_life)
@@ -165,7 +193,19 @@ class World:
         for name in NAMES:
             self.authority.host_seen(host_record(name))
         options = Options(checkpoints=self.plan.checkpoints)
-        return at_once(self.authority.begin_move(f"m{self._moves}", VM, self.new, options))
+        cold = self.plan.cold is not None
+        move = f"m{self._moves}"
+        return at_once(self.authority.begin_move(move, VM, self.new, options, cold=cold))
+
+    def _bring_to(self, state: VmState) -> None:
+        """The running VM is paused, suspended or shut down, long before the move."""
+        host = self.hosts[self.old]
+        if state == "suspended":
+            host.hypervisor.saved = self.instant
+        if state != "running":
+            host.hypervisor.memory = self.instant
+            host.copy = "paused" if state == "paused" else "none"
+        at_once(self.authority.vm_state(VM, state))
 
     def _load(self, revision: int) -> None:
         """The NVA starts: it knows what its store has."""
@@ -189,7 +229,7 @@ class World:
             self._events.append(event)
             return
         before = self.record
-        after, effects = coordinator.step(before, event, self.now_s, self._now_ns())
+        after, effects = self._decided(before, event)
         commits = any(isinstance(effect, m.Commit) for effect in effects)
         if not commits and (effects or after.phase != before.phase):
             after, effects = self._journalled(before, after, effects)
@@ -199,39 +239,51 @@ class World:
         if commits:
             self._commit()
 
-    def _written_down(self, after: Handover, effects: tuple[m.CoordinatorEffect, ...]) -> None:
+    def _decided(self, before: Handover, event: m.CoordinatorEvent) -> Step:
+        step = cold.step if before.mode == "cold" else coordinator.step
+        return step(before, event, self.now_s, self.clock_ns())
+
+    def _written_down(self, after: Handover, effects: Effects) -> None:
         """The record is `after` now: its effects may be seen."""
         assert self.record is not None
         if after.phase != self.record.phase:
             self.note("nva", f"{self.record.phase} -> {after.phase}")
         self.record = after
-        for effect in effects:
-            if isinstance(effect, m.Tell):
-                self._tell(effect.nve, effect.order)
-        if committed(after.phase) and self.published < self.version:
+        self._perform(effects)
+        if after.mode != "cold" and committed(after.phase) and self.published < self.version:
             self._publish()
         if after.phase in ENDED:
             self.record = None
+            for nve, order in farewells(after, self.authority.vm(VM)):
+                self._tell(nve, order)
+            if self.plan.cold is not None:
+                host = self.hosts[self.vm_host]
+                self._wire(host, "down", lambda: self._say(host, lambda: self._saw(host)))
 
-    def _journalled(
-        self, before: Handover, after: Handover, effects: tuple[m.CoordinatorEffect, ...]
-    ) -> coordinator.Step:
+    def _perform(self, effects: Effects) -> None:
+        assert self.record is not None
+        for effect in effects:
+            if isinstance(effect, m.Tell | m.Ask):
+                self._tell(effect.nve, effect.order)
+            elif isinstance(effect, m.Publish):
+                self.authority.publish(self.record)
+
+    def _journalled(self, before: Handover, after: Handover, effects: Effects) -> Step:
         """As nva/handovers.py does it, the last record later if there is no room for it now."""
         try:
             self._written(lambda: at_once(self.authority.journal(after)))
         except StoreFailure as failure:
-            if after.phase in ENDED or begins_to_close(before, after):
+            decided = committed(after.phase) or after.phase == "aborting"
+            marked = decided and marking(after) != marking(before)
+            if after.phase in ENDED or marked or begins_to_close(before, after):
                 self._unwritten = True
                 life = self.nva_life
                 self.later(RETRY_S, lambda: self._write_again(after, effects, life))
-            elif not committed(after.phase) and after.phase != "aborting":
-                abort = m.Abort(why=str(failure))
-                return coordinator.step(before, abort, self.now_s, self._now_ns())
+            elif not decided:
+                return self._decided(before, m.Abort(why=str(failure)))
         return after, effects
 
-    def _write_again(
-        self, after: Handover, effects: tuple[m.CoordinatorEffect, ...], life: int
-    ) -> None:
+    def _write_again(self, after: Handover, effects: Effects, life: int) -> None:
         if not (self.nva_alive and life == self.nva_life and self.record is not None):
             return
         self._unwritten = False
@@ -248,13 +300,13 @@ class World:
             raise StoreFailure("the disk is full")
         write()
 
-    def _now_ns(self) -> int:
+    def clock_ns(self) -> int:
         return int(self.now_s * 1e9) + 1
 
     def _commit(self) -> None:
         assert self.record is not None
-        won = m.Committed(version=self.record.version + 1, at_ns=self._now_ns())
-        after, effects = coordinator.step(self.record, won, self.now_s, self._now_ns())
+        won = m.Committed(version=self.record.version + 1, at_ns=self.clock_ns())
+        after, effects = self._decided(self.record, won)
         try:
             self._written(lambda: at_once(self.authority.commit(after)))
         except (Conflict, StoreFailure) as failure:
@@ -263,9 +315,7 @@ class World:
         self.note("nva", f"{self.record.phase} -> {after.phase}")
         self.record = after
         self._look()
-        for effect in effects:
-            if isinstance(effect, m.Tell):
-                self._tell(effect.nve, effect.order)
+        self._perform(effects)
 
     def _publish(self) -> None:
         assert self.record is not None
@@ -286,9 +336,17 @@ class World:
     def _acknowledged(self, host: SimHost, push: Whole | Update, failures: Failures) -> None:
         self.subscribers.acknowledged(host, push, failures)
         record = self.record
+        if record is not None and record.mode == "cold":
+            self._in_kernel(host, record)
+            return
         version = 0 if failures else push.versions.get(VM, 0)
         if record is not None and record.commit_ns and version >= record.version:
             self._step(m.Acknowledged(nve=host.name, at_ns=1))
+
+    def _in_kernel(self, host: SimHost, record: Handover) -> None:
+        marking = marked_at(record, lambda _: self.subscribers.in_kernel(host), lambda _: True)
+        if marking is not None:
+            self._step(m.Acknowledged(nve=host.name, at_ns=1, marking=marking))
 
     def resync(self, host: SimHost) -> None:
         """NVE `host` was told what does not go with what it has."""
@@ -304,8 +362,12 @@ class World:
 
     # ------------------------------------------------------------ wires
 
-    def _tell(self, nve: str, order: m.AnyOrder) -> None:
+    def _tell(self, nve: str, order: m.AnyOrder | m.ColdOrder) -> None:
         host = self.hosts[nve]
+        if isinstance(order, m.WakeUp | m.DropState):
+            record = self.record or self.authority.ended_moves[order.move]
+            ticket: Any = ticket_of(record, order.version, self.clock_ns())
+            order = msgspec.structs.replace(order, seal=ticket)  # this domain forges nothing
         self.note("nva", f"{type(order).__name__} to {nve}")
         self._wire(host, "down", lambda: host.order(order))
 
@@ -325,8 +387,20 @@ class World:
             self._step(report)
             return
         ended = self.authority.ended_moves.get(report.move)
-        if ended is not None and not isinstance(report, m.Closed | m.Failed | m.Progress):
+        if ended is None:
+            return
+        if ended.mode == "cold":
+            self._straggled(host, ended, report)
+        elif not isinstance(report, m.Closed | m.Failed | m.Progress):
             self._tell(host.name, coordinator.close_order(ended, host.name))
+
+    def _straggled(self, host: SimHost, record: Handover, report: m.AnyReport) -> None:
+        state = state_since(record, self.authority.vm(VM), host.name, report)
+        if isinstance(report, m.Restored) and host.name == record.old_nve:
+            with suppress(StoreFailure):
+                self._written(lambda: at_once(self.authority.turned_back(record.id)))
+        if state is not None:
+            self._vm_state(state)
 
     def _wire(self, host: SimHost, way: str, deliver: Callable[[], None]) -> None:
         """Deliver in order, unless the connection dies first."""
@@ -390,17 +464,68 @@ class World:
             life = self.nva_life
             self.later(MEMBERS_DELAY_S, lambda: self._tell_members(life))
         self._keep(host)
-        self.subscribers.connected(host, dict(host.agent.revisions.known))
-        moves = host.part.move if host.part is not None else None
+        self.subscribers.connected(host, dict(host.agent.revisions.newest))
+        moves = [host.part.move] if host.part is not None else []
+        moves += sorted(host.hypervisor.taken)
         self._step(m.Back(nve=host.name))
-        ended = self.authority.ended_moves.get(moves or "")
-        for order in last_orders(ended, host.name) if ended is not None else ():
-            self._tell(host.name, order)
+        self._settle(host, moves)
         unsent, host.unsent = host.unsent, []
         for deliver in unsent:
             self._say(host, deliver)
         if host.part is not None:
             host.event(m.Reconnected())
+
+    def _settle(self, host: SimHost, moves: list[str]) -> None:
+        """What has ended meanwhile, and what it has that is not the VM (daemon/nva.py)."""
+        vm = self.authority.vm(VM)
+        for move in moves:
+            ended = self.authority.ended_moves.get(move)
+            for order in last_orders(ended, host.name, vm) if ended is not None else ():
+                self._tell(host.name, order)
+        if self.plan.cold is None or vm.move is not None or moves:
+            return
+        if vm.host != host.name and has_vm(host):
+            last = may_be_last(vm, host.name)
+            self._wire(host, "down", lambda: host.cold.stop_stale(vm, may_be_last=last))
+        elif vm.host == host.name and (vm.state not in AT_REST or has_vm(host)):
+            self._vm_state(host.seen())
+        for record in self.authority.to_turn_back(host.name):
+            self._tell(host.name, turn_back(record))
+
+    def _in_this_life(self, work: Callable[[], None]) -> Callable[[], None]:
+        life = self.nva_life
+
+        def due() -> None:
+            if self.nva_alive and life == self.nva_life:
+                work()
+
+        return due
+
+    def _vm_state(self, state: VmState) -> None:
+        """Written as soon as the store takes it."""
+        if self.store_full:
+            self.later(RETRY_S, self._in_this_life(lambda: self._vm_state(state)))
+            return
+        at_once(self.authority.vm_state(VM, state))
+        vm = self.authority.vm(VM)
+        alive = self.authority.is_alive(VM, state)
+        point = at_once(self.authority.no_recovery(VM)) if alive else None
+        if point is not None and point.mode == "cold":
+            host = self.hosts[point.old_nve]
+            self._wire(host, "down", lambda: host.cold.stop_stale(vm, may_be_last=False))
+
+    def crashed(self, host: SimHost) -> None:
+        """Its hypervisor says that the VM's process has ended (daemon/nve.py, `_watch`)."""
+        if self.plan.cold is not None:
+            self._say(host, lambda: self._heard_of_crash(host))
+
+    def _heard_of_crash(self, host: SimHost) -> None:
+        if self.authority.vm(VM).host == host.name:
+            self._vm_state("crashed")
+
+    def _saw(self, host: SimHost) -> None:
+        if self.authority.vm(VM).host == host.name and not host.hypervisor.wakes:
+            self._vm_state(host.seen())
 
     def _is_away(self, host: SimHost) -> bool:
         return not host.connected or self.now_s < host.cut_until
@@ -457,7 +582,7 @@ class World:
         self.nva_alive, self._unwritten = True, False
         self._events.clear()
         # Its clock may have been set back meanwhile.
-        self._load(self.random.choice((1, self._now_ns())))
+        self._load(self.random.choice((1, self.clock_ns())))
         for host in self.hosts.values():
             self._watch_lease(host)
         self.record = self.authority.cluster.moves.get(f"m{self._moves}")
@@ -537,6 +662,12 @@ class World:
     def forget_marker(self, number: int) -> bool:
         return self._markers.pop(number, None) is not None
 
+    def dropped(self, frame: Frame, host: SimHost, *, late: bool) -> None:
+        """A frame for an address in transit; at the old NVE none may come that late (R-33)."""
+        self.lost(frame, "in transit")
+        if late and host.name == self.old and not self.plan.faults:
+            raise Violation(f"frame {frame} came to the old NVE although all others drop")
+
     def lost(self, frame: Frame, why: str) -> None:
         if frame[0] != "marker":
             self.note("network", f"{frame} lost: {why}")
@@ -562,7 +693,14 @@ class World:
 
     def copy_changed(self, host: str, *, runs: bool) -> None:
         """Where copies run, for the check after every step."""
+        if runs and host not in self._running:
+            self.instant += 1
         (self._running.add if runs else self._running.discard)(host)
+
+    def runs_on(self, host: str, memory: int) -> None:
+        """A copy is about to run on `host` from a state: the newest, or time goes back."""
+        if memory != self.instant:
+            raise Violation(f"{host} runs on from state {memory}, the VM was at {self.instant}")
 
     def _verdict(self) -> Handover:
         """At the end: the move has ended, the VM runs once, nothing of the move is left."""
@@ -570,9 +708,9 @@ class World:
             raise Violation(f"the move did not end: it is {self.record.phase}")
         record = self.authority.ended_moves[f"m{self._moves}"]
         vm = self.hosts[self.vm_host]
-        if vm.copy != "running" and vm.name not in self._killed:
+        if not self._is_as_it_must(vm, record) and vm.name not in self._killed:
             # With its process the VM is gone: its own end, not the move's (6-11).
-            raise Violation(f"the VM does not run on {vm.name}: {vm.copy}")
+            raise Violation(f"the VM is not as it must be on {vm.name}: {vm.copy}")
         for host in self.hosts.values():
             if host.part is not None or host.kept is not None:
                 raise Violation(f"{host.name} still has a part: {host.part and host.part.stage}")
@@ -582,17 +720,58 @@ class World:
                 raise Violation(f"a copy is left on {host.name}: {host.copy}")
             if host.keeping or (host.checkpoint and not coordinator.recoverable(record)):
                 raise Violation(f"{host.name} still takes or keeps checkpoints")
+            self._check_states(host, record)
+        self._check_told(vm, record)
         self._converged()
         for host in self.hosts.values():
             host.checkpoint = False  # nobody needs it any more: the VM is back
+            host.hypervisor.saved = None
         if vm.copy != "running":
             vm.copy = "running"  # its owner starts it anew
+            at_once(self.authority.vm_state(VM, "running"))
             for host in self.hosts.values():
                 host.ring = deque()
         missing = self.books.sent - len(self.books.delivered)
         if missing and self.plan.lossless:
             raise Violation(f"{missing} frames were lost: {self.books.lost}")
         return record
+
+    def _is_as_it_must(self, vm: SimHost, record: Handover) -> bool:
+        """A hot move leaves the VM running; a cold one as it was, or asleep, and says so."""
+        before = self.plan.cold or "running"
+        must = record.ends_as if record.outcome == "moved" and before != "running" else before
+        if record.mode == "cold" and record.outcome == "moved":
+            must = record.ends_as
+        asleep = vm.copy == "none" and vm.hypervisor.saved == self.instant
+        match must:
+            case "running" | "paused":
+                return vm.copy == must
+            case "suspended":
+                # It woke, and nobody heard of it before its NVE was given up.
+                return asleep or vm.copy == before
+            case _:
+                return vm.copy == "none"
+
+    def _check_told(self, vm: SimHost, record: Handover) -> None:
+        """What `vm show` says of the VM after a cold move is what its host has."""
+        told, seen = self.authority.vm(VM).state, vm.seen()
+        if record.mode == "cold" and told != seen and (told, seen) != ("shutdown", "crashed"):
+            raise Violation(f"the record says that the VM is {told}, it is {seen}")
+
+    def _check_states(self, host: SimHost, record: Handover) -> None:
+        """No state is left that is older than the VM; a second one only while the VM sleeps."""
+        left, vm = host.hypervisor, self.hosts[self.vm_host]
+        if left.taken or left.saving is not None:
+            raise Violation(f"{host.name} still has a state that it took, or one half written")
+        if left.saved is None:
+            return
+        if host is not vm and host.name == record.old_nve and record.ends_as == "crashed":
+            return  # perhaps the VM ran on: nobody wakes this state, and it goes when the VM is up
+        if left.saved != self.instant:
+            raise Violation(f"{host.name} has state {left.saved}, the VM is at {self.instant}")
+        asleep = vm.hypervisor.saved is not None or vm.name in self._killed
+        if host is not vm and not (asleep and record.ends_as == "suspended"):
+            raise Violation(f"{host.name} still has the VM's state")
 
     def _converged(self) -> None:
         """Every NVE has the newest of what the NVA holds, and its kernel that and nothing else."""

@@ -152,7 +152,7 @@ class VmOrder(Message, frozen=True, kw_only=True, tag=True):
 
     `suspend` saves its state on the host and ends it, `wake` runs it on from there. `gauge`
     measures how fast it writes memory, `recover` runs the newest checkpoint that was taken
-    here, `forget` drops it.
+    here, `forget` drops it. `look` has its state reported, and changes nothing.
     """
 
     id: int
@@ -166,6 +166,7 @@ class VmOrder(Message, frozen=True, kw_only=True, tag=True):
         "gauge",
         "recover",
         "forget",
+        "look",
     ]
     vm: Vm
 
