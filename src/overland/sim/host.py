@@ -20,7 +20,7 @@ from overland.nve.moving import Moving
 from overland.sim.agent import Prepare, SimAgent
 from overland.sim.cold import SimColdMoves, SimHypervisor
 from overland.sim.domain import BRIDGE, DEVICE, MAC, PORT, address_of
-from overland.sim.kernel import Failures, FakeKernel, drops, way
+from overland.sim.kernel import Failures, FakeKernel, drops, remote_of, way
 
 if TYPE_CHECKING:
     from overland.sim.world import World
@@ -476,7 +476,7 @@ class SimHost:
         """A marker can be lost like any frame: it is sent again."""
         if self.world.now_s < limit_s:
             if self.world.awaits(number):
-                self._launch(("marker", number))
+                self._launch_by_device(("marker", number))
                 self._later(MARKER_AGAIN_S, lambda: self._ask(effect, number, limit_s))
         elif self.world.forget_marker(number):
             self._turn(effect, proved=False)
@@ -611,6 +611,14 @@ class SimHost:
             self.held.append(frame)
         else:
             self.world.lost(frame, "daemon")
+
+    def _launch_by_device(self, frame: Frame) -> None:
+        """As markers go: by the VXLAN device, wherever the bridge would send a tenant's frame."""
+        remote = remote_of(self.kernel.state, MAC)
+        if remote is None:
+            self.world.lost(frame, "no entry")
+        else:
+            self.world.launch(self, remote, frame)
 
     def _launch(self, frame: Frame) -> None:
         way = self.way()

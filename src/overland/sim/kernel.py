@@ -88,6 +88,12 @@ def way(state: KernelState, device: str, mac: str) -> str | None:
     port = next((each.port for each in state.bridge_entries if each.mac == mac), None)
     if port != device:
         return port
+    return remote_of(state, mac)
+
+
+@lru_cache(KEPT)
+def remote_of(state: KernelState, mac: str) -> str | None:
+    """Where what leaves by the VXLAN device for `mac` goes."""
     return next((each.remote for each in state.tunnel_entries if each.mac == mac), None)
 
 
