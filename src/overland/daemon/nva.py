@@ -411,9 +411,12 @@ class Domain:
             await self._forget_kept(name)
 
     def _look_at(self, name: str) -> None:
-        """Ask what there is of VM `name` on its host; a VmReport says it."""
+        """Ask what there is of VM `name` on its host; a VmReport says it.
+
+        Not of one that is off: that nothing is there is no crash.
+        """
         vm = self.authority.cluster.vms.get(name)
-        if vm is not None:
+        if vm is not None and vm.state != "shutdown":
             self._wire.send(vm.host, w.VmOrder(id=next(self._numbers), action="look", vm=vm))
 
     def _answered(self, number: int, result: Any) -> None:
