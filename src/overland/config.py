@@ -46,6 +46,9 @@ class NvaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """TCP port on which the NVA waits for the NVEs."""
     tls: Tls
     """Who the NVA is, and whom it believes."""
+    owners_ca: str | None = None
+    """PEM file of the authority that issues the certificates of VMs' owners, with common names
+    `owner:NAME`. Use one of its own. Left out, no owner can register a VM."""
     lease_s: float = 3.0
     """Seconds for which an NVE counts as alive after its connection is lost."""
 

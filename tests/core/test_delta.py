@@ -24,6 +24,7 @@ from overland.model.nve import (
     Neighbour,
     NveIntent,
     Op,
+    Passage,
     RemoteIntent,
     RouterNeighbour,
     TsiIntent,
@@ -119,6 +120,7 @@ def facts(state: KernelState) -> set[Fact]:
         *state.router_neighbours,
         *state.host_routes,
         *state.default_routes,
+        *state.passages,
         *state.muted,
         *state.in_transit,
     }
@@ -140,6 +142,8 @@ def key(fact: Fact) -> object:
             return ("route", router, address)
         case DefaultRoute(router=router, via=via):
             return ("default route", router, ":" in via)
+        case Passage(router=router, other=other):
+            return ("passage", router, other)
         case Muted(port=port):
             return ("muted", port)
         case InTransit(port=port, mac=mac):
@@ -297,3 +301,51 @@ def test_a_routed_vn_is_no_broadcast_domain() -> None:
         ("tap", True),
     }
     assert BridgeEntry(bridge="ovb42", mac=GATEWAY_MAC, port="ovr42") in state.bridge_entries
+
+
+def pair(allowed: tuple[int, ...], back: tuple[int, ...], far: tuple[str, ...]) -> NveIntent:
+    """VNs 42 and 43 on one NVE, and what each says of whom its tenants may talk with."""
+    (one,) = intent([tsi(MACS[0], "activated")], [], [], GATEWAYS).vns
+    other = msgspec.structs.replace(
+        one, network="other", vni=43, gateways=far, tsis=(), allowed=back
+    )
+    return NveIntent(vns=(msgspec.structs.replace(one, allowed=allowed), other))
+
+
+FAR_GATEWAYS = ("fd43::1/64", "10.43.0.1/24")
+
+
+@pytest.mark.req("N-15")
+@pytest.mark.parametrize(
+    ("allowed", "back", "far", "expected"),
+    [
+        ((43,), (42,), FAR_GATEWAYS, [GATEWAYS]),
+        ((43,), (42,), FAR_GATEWAYS[:1], [GATEWAYS[1:]]),
+        ((43,), (), FAR_GATEWAYS, []),
+        ((), (42,), FAR_GATEWAYS, []),
+        ((), (), FAR_GATEWAYS, []),
+        ((44,), (44,), FAR_GATEWAYS, []),
+    ],
+)
+def test_two_routers_are_joined_when_both_vns_say_so_in_the_families_of_both(
+    allowed: tuple[int, ...],
+    back: tuple[int, ...],
+    far: tuple[str, ...],
+    expected: list[tuple[str, ...]],
+) -> None:
+    """N-15: a NVE that has heard only half of a denial, or of a policy, has no way."""
+    found = render(pair(allowed, back, far)).passages
+    assert [each.near for each in found] == expected
+    for each in found:
+        assert (each.router, each.other) == ("ovr42", "ovr43")
+        assert [":" in near for near in each.near] == [":" in there for there in each.far]
+
+
+@pytest.mark.req("N-15")
+def test_a_passage_is_the_last_to_come_and_goes_before_what_it_leads_to() -> None:
+    joined, apart = render(pair((43,), (42,), FAR_GATEWAYS)), render(pair((), (), FAR_GATEWAYS))
+    empty = KernelState()
+    assert isinstance(delta(joined, empty)[-1].fact, Passage)
+    assert [op.fact for op in delta(apart, joined)] == list(joined.passages)
+    order = [type(op.fact) for op in delta(empty, joined)]
+    assert order.index(Passage) < order.index(Link)

@@ -180,3 +180,52 @@ async def test_a_network_may_change_its_kind(kernel: LinuxKernel) -> None:
     flat = NveIntent(vns=(msgspec.structs.replace(vn, gateways=()),))
     for intent in (flat, routed(2), flat):
         await made_so(kernel, render(intent))
+
+
+def two(*allowed: int) -> NveIntent:
+    """blue (42) as above, and brown (43), which talks with the VNs `allowed`."""
+    (blue,) = routed(1).vns
+    brown = msgspec.structs.replace(
+        blue,
+        network="brown",
+        vni=43,
+        gateways=("10.43.0.1/16", "fd43::1/64"),
+        tsis=(),
+        remotes=(
+            RemoteIntent(
+                mac="02:00:00:00:ee:01",
+                ipv4="10.43.200.1",
+                ipv6="fd43::200:1",
+                nve="192.0.2.2",
+                version=1,
+            ),
+        ),
+        allowed=allowed,
+    )
+    return NveIntent(vns=(msgspec.structs.replace(blue, allowed=(43,)), brown))
+
+
+def inner(namespace: str) -> str:
+    tables = run(f"ip netns exec {namespace} nft list tables")
+    return run(f"ip -n {namespace} route") + run(f"ip -n {namespace} -6 route") + tables
+
+
+@pytest.mark.req("N-15")
+async def test_a_passage_comes_with_the_policy_and_goes_with_it(kernel: LinuxKernel) -> None:
+    """Both routers have the other's subnets, or neither has; what is left of one is made whole."""
+    brown = f"{NAMESPACE}-r43"
+    await made_so(kernel, render(two()))
+    closed = inner(ROUTER), inner(brown)
+    await made_so(kernel, render(two(42)))
+    assert "10.43.0.0/16 via 10.43.0.1 dev to43" in inner(ROUTER)
+    assert "fd43::/64 via fd43::1 dev to43" in inner(ROUTER)
+    assert "10.42.0.0/16 via 10.42.0.1 dev to42" in inner(brown)
+    run(f"ip -n {brown} link del to42")
+    assert (await kernel.snapshot()).passages == frozenset()
+    await made_so(kernel, render(two(42)))
+    assert "10.42.0.0/16 via 10.42.0.1 dev to42" in inner(brown)
+    await made_so(kernel, render(two()))
+    assert (inner(ROUTER), inner(brown)) == closed
+    await made_so(kernel, render(two(42)))
+    await made_so(kernel, KernelState())
+    assert names() == set()

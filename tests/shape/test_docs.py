@@ -14,6 +14,7 @@ import pytest
 
 from overland.mobility.forecast import forecast
 from overland.model.cluster import Interface, Vm
+from overland.model.eligibility import Grounds
 from overland.model.forecast import Gauge
 from overland.model.handover import (
     LEGAL,
@@ -82,6 +83,7 @@ def _record() -> Handover:
         old_nve="h1",
         new_nve="h2",
         ports=(port,),
+        grounds=Grounds(basis="covered", origin="NVA: l2 network blue", at_ns=1),
         forecast=forecast(Gauge(memory_bytes=1 << 27, dirty_bytes_per_s=0.0), Options()),
         version=2,
         phases=(PhaseAt(phase="planned", at_ns=1),),

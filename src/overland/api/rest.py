@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -21,13 +21,15 @@ from overland.model.cluster import (
     Interface,
     Leg,
     Network,
+    Policy,
     Record,
     Refused,
     Vm,
 )
+from overland.model.eligibility import LatencyClass, Signed
 from overland.model.forecast import Forecast
 from overland.model.handover import DiskChoice, Handover, Options
-from overland.model.receipt import receipt
+from overland.model.receipt import receipt, timestamp
 from overland.nva.authority import Authority, Blocked
 from overland.ports import StoreFailure
 
@@ -47,6 +49,12 @@ class Service(Protocol):
     authority: Authority
 
     async def create_gateway(self, wish: GatewayWish) -> Gateway: ...
+
+    async def allow(self, one: str, other: str) -> tuple[Policy, list[str]]: ...
+
+    async def deny(self, one: str, other: str) -> tuple[Policy, list[str]]: ...
+
+    async def state(self, name: str, signed: Signed) -> None: ...
 
     async def create_vm(self, wish: Vm) -> Vm: ...
 
@@ -87,10 +95,17 @@ class GatewayWish(Record, frozen=True, kw_only=True):
     leg: Leg
 
 
+class PolicyWish(Record, frozen=True, kw_only=True):
+    """Body of POST /v1/policies: tenants of these two may talk."""
+
+    networks: tuple[str, str]
+
+
 class VmWish(Record, frozen=True, kw_only=True):
     """Body of POST /v1/vms. Addresses left out are chosen; `dry_run` shows them, no more."""
 
     name: str
+    owner: str = ""
     host: str
     interfaces: tuple[dict[str, str | None], ...]
     memory_mib: int = 128
@@ -105,6 +120,18 @@ class AddressWish(Record, frozen=True, kw_only=True):
 
     ipv4: str | msgspec.UnsetType | None = msgspec.UNSET
     ipv6: str | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class DeclareWish(Record, frozen=True, kw_only=True):
+    """Body of PATCH /v1/vms/NAME/eligibility: what the operator knows. What is left out stays."""
+
+    outside: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    uncovered: Literal["refuse", "flag"] | msgspec.UnsetType = msgspec.UNSET
+    latency: LatencyClass | msgspec.UnsetType = msgspec.UNSET
+
+
+OPERATOR = "operator"
+"""Who speaks to the API: it asks nobody who he is."""
 
 
 class MigrateWish(Record, frozen=True, kw_only=True):
@@ -177,6 +204,8 @@ def create_app(service: Service) -> FastAPI:
 
     _records(app, service)
     _gateways(app, service)
+    _policies(app, service)
+    _eligibility(app, service)
     _machines(app, service)
     _moves(app, service)
     return app
@@ -246,6 +275,53 @@ def _gateways(app: FastAPI, service: Service) -> None:
         return Response(status_code=204)
 
 
+def _policies(app: FastAPI, service: Service) -> None:
+    """`waiting`: hosts that did not have it in their kernels when the answer was given."""
+    authority = service.authority
+
+    def answer(policy: Policy, waiting: list[str], *, allowed: bool) -> JSONResponse:
+        return _json({"networks": policy.networks, "allowed": allowed, "waiting": waiting})
+
+    @app.get("/v1/policies")
+    async def policies() -> JSONResponse:
+        every = sorted(authority.cluster.policies.values(), key=lambda each: each.networks)
+        return _json([{"networks": p.networks, "since": timestamp(p.at_ns)} for p in every])
+
+    @app.post("/v1/policies")
+    async def allow(request: Request) -> JSONResponse:
+        wish = await _body(request, PolicyWish)
+        return answer(*await service.allow(*wish.networks), allowed=True)
+
+    @app.delete("/v1/policies/{one}/{other}")
+    async def deny(one: str, other: str) -> JSONResponse:
+        return answer(*await service.deny(one, other), allowed=False)
+
+
+def _eligibility(app: FastAPI, service: Service) -> None:
+    """Before the VMs' own actions: it has paths below them."""
+    authority = service.authority
+
+    @app.get("/v1/vms/{name}/eligibility")
+    async def eligibility(name: str) -> JSONResponse:
+        return _json(authority.eligibility(name))
+
+    @app.patch("/v1/vms/{name}/eligibility")
+    async def declare(name: str, request: Request) -> JSONResponse:
+        wish = msgspec.to_builtins(await _body(request, DeclareWish))
+        await authority.declare(name, OPERATOR, **wish)
+        return _json(authority.eligibility(name))
+
+    @app.post("/v1/vms/{name}/registration")
+    async def register(name: str, request: Request) -> JSONResponse:
+        await service.state(name, await _body(request, Signed))
+        return _json(authority.eligibility(name))
+
+    @app.delete("/v1/vms/{name}/registration")
+    async def revoke(name: str) -> JSONResponse:
+        await authority.revoke(name, OPERATOR)
+        return _json(authority.eligibility(name))
+
+
 def _machines(app: FastAPI, service: Service) -> None:
     authority = service.authority
 
@@ -271,6 +347,7 @@ def _machines(app: FastAPI, service: Service) -> None:
         )
         made = Vm(
             name=wish.name,
+            owner=wish.owner,
             host=wish.host,
             interfaces=interfaces,
             memory_mib=wish.memory_mib,
@@ -319,7 +396,10 @@ async def _migrate(service: Service, name: str, wish: MigrateWish) -> JSONRespon
         blockers = await service.cold_blockers(name, wish.to, wish.options.storage)
     else:
         forecast, blockers = await service.forecast(name, wish.to, options)
-    return _json({"vm": name, "to": wish.to, "blockers": blockers, "forecast": forecast})
+    flags = () if blockers else service.authority.flags(name, wish.to)
+    return _json(
+        {"vm": name, "to": wish.to, "blockers": blockers, "flags": flags, "forecast": forecast}
+    )
 
 
 def _moves(app: FastAPI, service: Service) -> None:

@@ -19,7 +19,7 @@ from overland.cli.output import Exit, Failure, Format, done, show
 from overland.lab import console, guest, outside
 from overland.lab import lab as labs
 from overland.lab.topology import LABS, Topology, endpoint_namespace, topology
-from overland.model.names import gateway_of
+from overland.model.names import gateway_of, parse_name
 from overland.probe.build import BuildError, helper_path
 
 lab = typer.Typer(no_args_is_help=True, help="A data centre on one machine.")
@@ -164,6 +164,17 @@ def in_guest(
     sys.stdout.buffer.write(out)
     sys.stdout.flush()
     sys.exit(code)
+
+
+@lab.command("owner")
+def lab_owner(owner: str, name: LabName = "lab", output: Output = Format.table) -> None:
+    """Issue the certificate with which owner OWNER states things of his VMs."""
+    lab_state(name)
+    try:
+        parse_name(owner, "owner")
+    except ValueError as error:
+        raise Failure("lab owner", str(error), "usage", exit_code=Exit.USAGE) from None
+    show(labs.owner(_topology(name, 1), owner), output)
 
 
 @lab.command("outside")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from overland.cli import policy
 from overland.cli.client import Client
 from overland.cli.gateway import gateway
 from overland.cli.options import Api, Output
@@ -15,6 +16,7 @@ from overland.cli.vm import MOVE_COLUMNS, states
 
 network = typer.Typer(no_args_is_help=True, help="Virtual networks.")
 network.add_typer(gateway, name="gateway")
+policy.add_to(network)
 host = typer.Typer(no_args_is_help=True, help="Hosts and their NVEs.")
 NETWORK_COLUMNS = ("name", "vni", "kind", "ipv4", "ipv6", "mtu", "underlay")
 HOST_COLUMNS = (

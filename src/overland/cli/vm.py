@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from overland.cli.client import Client, Unreachable
+from overland.cli.eligibility import eligibility
 from overland.cli.options import Api, Output, disk_spec, spec
 from overland.cli.output import Exit, Failure, Format, done, show
 from overland.cli.timeline import timeline
 from overland.model.names import parse_duration, parse_size
 
 vm = typer.Typer(no_args_is_help=True, help="Virtual machines.")
+vm.add_typer(eligibility, name="eligibility")
 migration = typer.Typer(no_args_is_help=True, help="Moves and their receipts.")
 VM_COLUMNS = ("name", "state", "host", "version", "memory_mib", "move")
 NVA_AWAY_S = 15.0
@@ -66,6 +68,7 @@ def create(
     ] = None,
     initrd: Annotated[str | None, typer.Option(help="initial RAM disk on the host")] = None,
     append: Annotated[str, typer.Option(help="kernel command line")] = "",
+    owner: Annotated[str, typer.Option(help="whose certificate may register it")] = "",
     api: Api = None,
     output: Output = Format.table,
 ) -> None:
@@ -80,6 +83,7 @@ def create(
     boot: dict[str, Any] = {"image": first, "kernel": kernel, "initrd": initrd, "append": append}
     wish: dict[str, Any] = {
         "name": name,
+        "owner": owner,
         "host": host,
         "interfaces": interfaces,
         "memory_mib": amount(memory, "--memory", parse_size) // 2**20,

@@ -41,7 +41,8 @@ from overland.mobility.messages import (
     Retire,
     WakeUp,
 )
-from overland.model.cluster import Disk, DiskState, Gateway, Mapping, Refused, Vm
+from overland.model.cluster import Disk, DiskState, Gateway, Mapping, Policy, Refused, Vm
+from overland.model.eligibility import Signed
 from overland.model.forecast import Forecast
 from overland.model.handover import ENDED, DiskChoice, Handover, Options
 from overland.model.receipt import receipt, timestamp
@@ -49,6 +50,7 @@ from overland.model.ticket import ticket_of
 from overland.nva import rules, storage
 from overland.nva.authority import Authority, Blocked
 from overland.nva.cluster import AT_REST
+from overland.nva.eligibility import longest_outage_ms
 from overland.nva.handovers import (
     RETRY_S,
     Handovers,
@@ -67,7 +69,7 @@ from overland.store.etcd import EtcdStore
 from overland.store.sqlite import SqliteStore
 from overland.wire import messages as w
 from overland.wire import tls
-from overland.wire.seal import Sealer
+from overland.wire.seal import Forged, Sealer, stated
 from overland.wire.server import WireServer
 
 _STATE_MEANWHILE = {"start": "preparing", "wake": "resuming", "suspend": "suspending"}
@@ -413,7 +415,10 @@ class Domain:
             await self._forget_kept(name)
 
     def _look_at(self, name: str) -> None:
-        """Ask what there is of VM `name` on its host, if anything; a VmReport says it."""
+        """Ask what there is of VM `name` on its host; a VmReport says it.
+
+        Not of one that is off: that nothing is there is no crash.
+        """
         vm = self.authority.cluster.vms.get(name)
         if vm is not None and vm.state != "shutdown":
             self._wire.send(vm.host, w.VmOrder(id=next(self._numbers), action="look", vm=vm))
@@ -639,6 +644,58 @@ class Domain:
         answered: tuple[DiskState, ...] = states
         return answered
 
+    async def allow(self, one: str, other: str) -> tuple[Policy, list[str]]:
+        """Let tenants of two VNs talk; the hosts that do not have it in their kernels in time."""
+        policy = await self.authority.allow(one, other)
+        return policy, await self._agreed(policy, set())
+
+    async def deny(self, one: str, other: str) -> tuple[Policy, list[str]]:
+        """End that; the hosts on which they may still talk after some time."""
+        before = self._joined((one, other))
+        policy = await self.authority.deny(one, other)
+        return policy, await self._agreed(policy, before)
+
+    def _joined(self, networks: tuple[str, str]) -> set[str]:
+        return set().union(*(self.authority.cluster.places(network) for network in networks))
+
+    async def _agreed(self, policy: Policy, before: set[str]) -> list[str]:
+        """Wait until all hosts of two VNs, and those that were, have what is allowed now."""
+
+        def missing() -> list[str]:
+            cluster = self.authority.cluster
+            living = {
+                host for host in before | self._joined(policy.networks) if host in cluster.hosts
+            }
+            return sorted(
+                host
+                for host in living
+                if not cluster.hosts[host].dead
+                and not all(self._has_allowed(host, network) for network in policy.networks)
+            )
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ASSOCIATE_LIMIT_S), self._acks:
+                await self._acks.wait_for(lambda: not set(missing()) & self._wire.hosts())
+        return missing()
+
+    def _has_allowed(self, host: str, network: str) -> bool:
+        has, view = self._pushes.in_kernel(host, network), self._view(network)
+        if host not in self._wire.hosts() or view is None:
+            return False
+        return has.allowed == view.allowed if has is not None else not view.includes(host)
+
+    async def state(self, name: str, signed: Signed) -> None:
+        """Hear what the owner of VM `name` has signed; Blocked when it is not believed (R-25)."""
+        what, ca = f"vm {name}", self._config.owners_ca
+        if ca is None:
+            why = "this domain knows no owners: its NVA has no `owners_ca`"
+            raise Blocked([_refused("no_owners", what, why)])
+        try:
+            owner, statement = stated(signed, Path(ca))
+        except Forged as forged:
+            raise Blocked([_refused("not_authenticated", what, str(forged))]) from None
+        await self.authority.state(name, owner, statement, signed)
+
     def _stop_if_moving(self, vm: Vm) -> None:
         if vm.move is not None:
             raise Blocked([_refused("move_in_progress", f"vm {vm.name}", "it is moving")])
@@ -678,26 +735,34 @@ class Domain:
     ) -> tuple[Forecast | None, tuple[Refused, ...]]:
         """What a hot move would cost, and what stands against it; a VM is gauged for a second.
 
-
         No forecast when something stands against it anyway, or its NVE does not answer.
         """
         blockers = await self.live_blockers(name, to, options)
         if blockers:
             return None, blockers
-        vm = self.authority.vm(name)
+        options = self._as_borne(name, options)
+        found = await self._gauged(self.authority.vm(name), to, options)
+        against = self.authority.latency_blockers(name, _live_mode(options), found)
+        if found is not None:
+            against += tuple(rules.forecast_blockers(name, found, options))
+        return found, against
+
+    async def _gauged(self, vm: Vm, to: str, options: Options) -> Forecast | None:
+        """None when its NVE does not say how the VM is."""
         try:
             gauge = (await self._order("gauge", vm, limit_s=GAUGE_LIMIT_S)).gauge
         except Blocked as blocked:
-            log.warning("vm %s: no forecast: %s", name, blocked)
-            return None, ()
+            log.warning("vm %s: no forecast: %s", vm.name, blocked)
+            return None
         if gauge is None:
-            return None, ()
+            return None
         measured, filled = seen_before(self.authority.ended_moves.values(), vm, to)
-        found = forecast(gauge, options, measured_bytes_per_s=measured, filled=filled)
-        return found, tuple(rules.forecast_blockers(name, found, options))
+        return forecast(gauge, options, measured_bytes_per_s=measured, filled=filled)
 
     async def migrate(self, name: str, to: str, options: Options, *, cold: bool = False) -> str:
         expected: Forecast | None = None
+        blockers: tuple[Refused, ...] = ()
+        options = self._as_borne(name, options)
         if cold:
             blockers = await self.cold_blockers(name, to, options.storage)
         elif self._emulated(name):
@@ -738,10 +803,21 @@ class Domain:
         return moving.disks, tuple(blockers)
 
     def _emulated(self, name: str) -> bool:
-        """Under emulation a copy always ends (ADR 0006): it need not wait to be gauged."""
+        """Under emulation a copy always ends (ADR 0006): it need not wait to be gauged.
+
+        But for a VM whose latency class asks how long it will stop (R-62).
+        """
         vm = self.authority.cluster.vms.get(name)
         host = self.authority.cluster.hosts.get(vm.host) if vm is not None else None
-        return host is not None and host.accelerator == "tcg"
+        borne = longest_outage_ms(self.authority.cluster, name)
+        return host is not None and host.accelerator == "tcg" and borne is None
+
+    def _as_borne(self, name: str, options: Options) -> Options:
+        """No longer a stop than the VM's latency class bears."""
+        borne_ms = longest_outage_ms(self.authority.cluster, name)
+        if borne_ms is None or borne_ms >= options.max_downtime_ms:
+            return options
+        return msgspec.structs.replace(options, max_downtime_ms=borne_ms)
 
     async def recover(self, name: str, *, fenced: bool) -> dict[str, Any]:
         """Run a VM whose host is lost from what another keeps of it; how old that is (R-12)."""
@@ -880,6 +956,10 @@ def _leadership(config: NvaConfig) -> Leadership | None:
 async def _notify(condition: asyncio.Condition) -> None:
     async with condition:
         condition.notify_all()
+
+
+def _live_mode(options: Options) -> str:
+    return "warm" if options.warm else "hot"
 
 
 def _refused(code: str, what: str, why: str) -> Refused:

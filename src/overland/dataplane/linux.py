@@ -36,6 +36,7 @@ from overland.model.nve import (
     Neighbour,
     Op,
     OpFailure,
+    Passage,
     RouterNeighbour,
     TunnelEntry,
 )
@@ -93,6 +94,7 @@ class LinuxKernel:
             router_neighbours=frozenset(e for e in routed if isinstance(e, RouterNeighbour)),
             host_routes=frozenset(e for e in routed if isinstance(e, HostRoute)),
             default_routes=frozenset(e for e in routed if isinstance(e, DefaultRoute)),
+            passages=frozenset(e for e in routed if isinstance(e, Passage)),
             muted=frozenset(Muted(port=port) for port in self._nft.muted()),
             in_transit=frozenset(
                 InTransit(port=port, mac=mac) for port, mac in self._nft.in_transit()
@@ -172,6 +174,8 @@ class LinuxKernel:
                     lladdr=mac,
                     state=_NUD_PERMANENT,
                 )
+            case Passage() as passage:
+                await self._routers.passages.make(passage)
             case Muted(port=port):
                 self._nft.mute(port)
             case InTransit(port=port, mac=mac):
@@ -205,6 +209,8 @@ class LinuxKernel:
                 await self._fdb("del", device, mac, dst=remote, flags=_NTF_SELF)
             case Neighbour(bridge=bridge, address=address):
                 await self._ip.neigh("del", ifindex=interface_index(bridge), dst=address)
+            case Passage() as passage:
+                await self._routers.passages.remove(passage)
             case Muted(port=port):
                 self._nft.unmute(port)
             case InTransit(port=port, mac=mac):

@@ -42,6 +42,20 @@ async def _ip(*arguments: str, lines: Sequence[str] = ()) -> tuple[int, bytes, s
     return process.returncode or 0, out, said.decode(errors="replace")
 
 
+async def feed(namespace: str, *command: str, text: str) -> None:
+    """Run a command in `namespace` with `text` on its standard input; KernelFailure says why."""
+    process = await asyncio.create_subprocess_exec(
+        *("ip", "netns", "exec", namespace, *command),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await process.communicate(text.encode())
+    if process.returncode:
+        why = _first(said.decode(errors="replace"))
+        raise KernelFailure(f"namespace {namespace}: {command[0]}: {why}")
+
+
 async def run(*arguments: str) -> None:
     """Run one `ip` command here. KernelFailure says why not."""
     code, _, said = await _ip(*arguments)

@@ -16,13 +16,22 @@ from collections.abc import Sequence
 import msgspec
 from pyroute2 import AsyncIPRoute
 
+from overland.dataplane import passage
 from overland.dataplane.devices import delete, exists, pair_into
 from overland.dataplane.namespace import NETNS, batch, run, set_knobs, shown, sweep
 from overland.model.names import GATEWAY_MAC, router_name, router_namespace
-from overland.model.nve import DefaultRoute, HostRoute, Link, Op, OpFailure, RouterNeighbour
+from overland.model.nve import (
+    DefaultRoute,
+    HostRoute,
+    Link,
+    Op,
+    OpFailure,
+    Passage,
+    RouterNeighbour,
+)
 from overland.ports import KernelFailure
 
-INNER = "gw"
+INNER = passage.INNER
 ICMP_INTERVAL_MS = 100
 """At most one ICMP error to the same tenant in this time (Packet Too Big is never withheld)."""
 
@@ -32,6 +41,7 @@ Entry = HostRoute | DefaultRoute | RouterNeighbour
 _SHOW = (
     f"route show table all dev {INNER} proto static",  # of all tables, or IPv4 alone is shown
     f"neigh show dev {INNER} nud permanent",
+    "link show type veth",
 )
 _KNOBS = {
     "ipv4/ip_forward": 1,
@@ -76,6 +86,7 @@ class Routers:
     def __init__(self, ip: AsyncIPRoute, prefix: str) -> None:
         self._ip = ip
         self._prefix = prefix
+        self.passages = passage.Passages(prefix)
 
     async def make(self, link: Link) -> None:
         """Make the namespace, the pair and what is inside; the port is not in the bridge yet."""
@@ -112,15 +123,15 @@ class Routers:
 
     # ------------------------------------------------------------ entries
 
-    async def entries(self, names: Sequence[str]) -> dict[str, list[Entry]]:
+    async def entries(self, names: Sequence[str]) -> dict[str, list[Entry | Passage]]:
         """What is inside the routers behind the ports `names`, of those that can be entered."""
         found = await asyncio.gather(*map(self._inside, names))
         return {name: each for name, each in zip(names, found, strict=True) if each is not None}
 
-    async def _inside(self, name: str) -> list[Entry] | None:
+    async def _inside(self, name: str) -> list[Entry | Passage] | None:
         namespace = router_namespace(self._prefix, name)
         try:
-            routes, neighbours = await shown(namespace, _SHOW)
+            routes, neighbours, devices = await shown(namespace, _SHOW)
         except KernelFailure:
             return None
         return [
@@ -129,6 +140,7 @@ class Routers:
                 RouterNeighbour(router=name, address=each.dst, mac=each.lladdr)
                 for each in msgspec.json.decode(neighbours, type=list[_Neigh])
             ),
+            *passage.read(msgspec.json.decode(devices, type=list[passage.Seen])),
         ]
 
     async def apply(self, ops: Sequence[Op]) -> list[OpFailure]:

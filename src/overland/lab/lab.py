@@ -105,8 +105,20 @@ def _certificates(lab: Topology) -> None:
             # Another authority than the NVEs have: none of them may write a record.
             tls.create_authority(folder / "store")
             tls.issue(folder / "store", nva.name, "nva", addresses)
+    # Owners have an authority of their own: none of them may speak to the daemons.
+    tls.create_authority(folder / "owners")
     for host in lab.hosts:
         tls.issue(folder, host.name, f"nve:{host.name}", [host.underlay_ipv4, host.underlay_ipv6])
+
+
+def owner(lab: Topology, name: str) -> dict[str, str]:
+    """Issue a certificate to owner `name` of VMs; returns the paths of its files."""
+    folder = lab.folder / "certs" / "owners"
+    tls.issue(folder, name, f"owner:{name}", [])
+    return {"owner": name, **{part: str(folder / f"{name}.{end}") for part, end in _PARTS}}
+
+
+_PARTS = (("certificate", "crt"), ("key", "key"))
 
 
 def _tls_section(folder: Path, name: str, section: str = "tls") -> str:
@@ -161,6 +173,7 @@ def _nva_config(lab: Topology, nva: LabHost, port: int) -> None:
         f'store = "{store}"\napi_listen = "127.0.0.1:{port}"\n'
         f'api_namespace = "{home(lab.name)}"\n'
         f'wire_address = "{nva.underlay_ipv4}"\nwire_port = {WIRE_PORT}\n'
+        f'owners_ca = "{certs}/owners/ca.crt"\n'
         f"{_tls_section(certs, nva.name)}{trust}"
     )
 

@@ -135,9 +135,13 @@ class DiskState(Record, frozen=True, kw_only=True):
 
 
 class Vm(Record, frozen=True, kw_only=True):
-    """A virtual machine. `version` is raised by each commit and governs its addresses."""
+    """A virtual machine. `version` is raised by each commit and governs its addresses.
+
+    `owner`: whose certificate may state things of it (R-25); empty: nobody's.
+    """
 
     name: str
+    owner: str = ""
     host: str
     state: VmState = "preparing"
     interfaces: tuple[Interface, ...]
@@ -204,6 +208,21 @@ class Gateway(Record, frozen=True, kw_only=True):
     def owner(self) -> str:
         """Who it is in mappings; no VM can have such a name."""
         return f"gateway/{self.host}"
+
+
+class Policy(Record, frozen=True, kw_only=True):
+    """Tenants of two routed VNs may talk with each other, both ways; without it none do (N-15).
+
+    `networks` are in the order of their names. `at_ns`: since when, CLOCK_REALTIME at the NVA.
+    """
+
+    networks: tuple[str, str]
+    at_ns: int
+
+    @property
+    def key(self) -> str:
+        """There is one of each pair."""
+        return ",".join(self.networks)
 
 
 class Mapping(Record, frozen=True, kw_only=True):

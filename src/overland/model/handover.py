@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from overland.model.cluster import Family, Record, Vm, VmState
+from overland.model.eligibility import Grounds
 from overland.model.forecast import Forecast
 
 Phase = Literal[
@@ -298,11 +299,11 @@ class Handover(Record, frozen=True, kw_only=True):
     `held_ns`: the old VM stopped receiving (gate closed). `stop_ns`, `resume_ns`: QEMU's events.
     `equal_ns`: the new copy is whole, both are stopped (R-09). `marked`: who has the address in
     transit in its kernel. `ends_as`: the state of the VM after a cold move. `waiting` names the
-    NVEs whose answer the present phase needs. `forecast`: what was expected before. `restored`:
-    an abort has the VM back at the old host. `lost`: the old host is dead, or fenced by hand,
-    so nobody restores anything. `closing`: everybody was told to clean up; `unclosed`: who was
-    given up before he said that he has. `deadline_s` is compared with Tick. `uri` takes the
-    memory, `keep_uri` the checkpoints of a warm move.
+    NVEs whose answer the present phase needs. `forecast`: what was expected before. `grounds`: why
+    it could begin, and who knew that. `restored`: an abort has the VM back at the old host. `lost`:
+    the old host is dead, or fenced by hand, so nobody restores anything. `closing`: everybody was
+    told to clean up; `unclosed`: who was given up before he said that he has. `deadline_s` is
+    compared with Tick. `uri` takes the memory, `keep_uri` the checkpoints of a warm move.
     """
 
     id: str
@@ -314,6 +315,7 @@ class Handover(Record, frozen=True, kw_only=True):
     ports: tuple[MovingPort, ...]
     options: Options = Options()
     forecast: Forecast | None = None
+    grounds: Grounds | None = None
     phase: Phase = "planned"
     phases: tuple[PhaseAt, ...] = ()
     version: int

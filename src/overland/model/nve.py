@@ -56,7 +56,8 @@ class VnIntent(Record, frozen=True, kw_only=True):
     """One VN on this NVE. `members` are underlay addresses of the other NVEs in it (N-08).
 
     `gateways` are the addresses of the router of a routed VN with the prefix length of its subnet
-    (10.42.0.1/24), the same on every NVE; a VN without any is a broadcast domain.
+    (10.42.0.1/24), the same on every NVE; a VN without any is a broadcast domain. `allowed` are
+    the VNIs of routed VNs whose tenants its own may talk with.
     """
 
     network: str
@@ -65,6 +66,7 @@ class VnIntent(Record, frozen=True, kw_only=True):
     underlay: Family
     local: str
     gateways: tuple[str, ...] = ()
+    allowed: tuple[int, ...] = ()
     ipv4_prefix: int = 24
     ipv6_prefix: int = 64
     members: tuple[str, ...] = ()
@@ -183,6 +185,20 @@ class DefaultRoute(Record, frozen=True, kw_only=True):
     mtu: int
 
 
+class Passage(Record, frozen=True, kw_only=True):
+    """The way between the routers behind `router` and `other`, of two VNs, here on this NVE (N-15).
+
+    `near` are the gateways' addresses of the first, with the prefix lengths of their subnets, and
+    `far` those of the other, of the same families in the same order. Nothing passes but from one
+    of these subnets to the other. `router` has the lower VNI.
+    """
+
+    router: str
+    other: str
+    near: tuple[str, ...]
+    far: tuple[str, ...]
+
+
 class Muted(Record, frozen=True, kw_only=True):
     """A port from which nothing may come in: associated, not activated."""
 
@@ -204,6 +220,7 @@ Fact = (
     | RouterNeighbour
     | HostRoute
     | DefaultRoute
+    | Passage
     | Muted
     | InTransit
 )
@@ -219,6 +236,7 @@ class KernelState(Record, frozen=True, kw_only=True):
     router_neighbours: frozenset[RouterNeighbour] = frozenset()
     host_routes: frozenset[HostRoute] = frozenset()
     default_routes: frozenset[DefaultRoute] = frozenset()
+    passages: frozenset[Passage] = frozenset()
     muted: frozenset[Muted] = frozenset()
     in_transit: frozenset[InTransit] = frozenset()
 

@@ -47,7 +47,7 @@ def receipt(record: Handover) -> dict[str, Any]:
         "total_ms": _ms(record.closed_ns, first_ns),
         "vm_stop_ms": _ms(record.resume_ns, record.stop_ns),
         "network_gap_ms": _gap(record),
-        "outage_ms": _outage(record),
+        "outage_ms": outage_ms(record),
         "held_before_stop_ms": _ms(record.stop_ns, record.held_ns),
         "memory": {
             "total_bytes": record.memory.total_bytes,
@@ -56,6 +56,7 @@ def receipt(record: Handover) -> dict[str, Any]:
             "rounds": record.memory.rounds,
             "digest": record.digest_new.partition(" ")[0] or None,
         },
+        "eligibility": _eligibility(record),
         "checkpoints": _checkpoints(record),
         "forecast": _forecast(record),
         "storage": {
@@ -77,6 +78,19 @@ def receipt(record: Handover) -> dict[str, Any]:
         "tunnel_closed_after_commit_ms": _ms(record.closed_ns, record.commit_ns),
         "tunnel_close_reason": record.close_reason,
         "peers": _peers(record),
+    }
+
+
+def _eligibility(record: Handover) -> dict[str, Any] | None:
+    """Why the move could begin, and who knew that (R-28); None of one that is older than this."""
+    grounds = record.grounds
+    if grounds is None:
+        return None
+    return {
+        "basis": grounds.basis,
+        "origin": grounds.origin,
+        "at": timestamp(grounds.at_ns),
+        "flags": list(grounds.flags),
     }
 
 
@@ -121,7 +135,7 @@ def _forecast(record: Handover) -> dict[str, Any] | None:
     return expected | {"real": real, "error": error}
 
 
-def _outage(record: Handover) -> float | None:
+def outage_ms(record: Handover) -> float | None:
     """How long the VM could not be reached (R-34, R-62), whatever the mode.
 
     Cold: from the marking in transit, which silences its peers, to the last subscriber that has the

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -22,22 +22,32 @@ from overland.model.cluster import (
     Interface,
     Leg,
     Network,
+    Policy,
     Refused,
     Vm,
     VmState,
 )
+from overland.model.eligibility import (
+    Declaration,
+    Eligibility,
+    Registration,
+    Revocation,
+    Signed,
+    Statement,
+)
 from overland.model.forecast import Forecast
 from overland.model.handover import ENDED, Handover, MovingPort, Options, PhaseAt, is_up
 from overland.model.names import port_name, vxlan_name
-from overland.nva import rules, storage
+from overland.nva import eligibility, rules, storage
 from overland.nva.cluster import Cluster
 from overland.nva.gateways import chosen, gateway_blockers, removal_blockers
 from overland.nva.mapping import underlay_address
 from overland.nva.placement import Placement, drain_plan
+from overland.nva.policy import allow_blockers, known_blockers, pair
 from overland.ports import Conflict, Delete, Expect, Ledger, Put, StoreFailure
 
-Kept = Network | Host | Vm | Endpoint | Gateway | Handover
-T = TypeVar("T", Network, Host, Vm, Endpoint, Gateway, Handover)
+Kept = Network | Host | Vm | Endpoint | Gateway | Policy | Eligibility | Handover
+T = TypeVar("T", Network, Host, Vm, Endpoint, Gateway, Policy, Eligibility, Handover)
 
 
 class Blocked(Exception):
@@ -59,6 +69,21 @@ def _state_after(record: Handover, vm: Vm) -> VmState:
     if vm.state != "migrating":
         return vm.state
     return record.ends_as if record.outcome == "moved" else record.vm.state
+
+
+def _revoked(known: Eligibility, origin: str, now_ns: int) -> Eligibility:
+    """Without a registration; what was signed until now is of no account any more."""
+    return msgspec.structs.replace(
+        known,
+        registration=None,
+        revocation=Revocation(origin=origin, at_ns=now_ns),
+        heard_ns=max(known.heard_ns, now_ns),
+    )
+
+
+def _forgotten(known: Eligibility, origin: str, now_ns: int) -> Eligibility:
+    """Of a VM that is gone: nothing that was said of it is true of another."""
+    return msgspec.structs.replace(_revoked(known, origin, now_ns), declaration=Declaration())
 
 
 class Authority:
@@ -83,6 +108,8 @@ class Authority:
             self.cluster.vms[name] = storage.with_boot_disk(vm)
         await self._load("endpoint/", Endpoint, self.cluster.endpoints)
         await self._load("gateway/", Gateway, self.cluster.gateways)
+        await self._load("policy/", Policy, self.cluster.policies)
+        await self._load("eligibility/", Eligibility, self.cluster.eligibilities)
         moves: dict[str, Handover] = {}
         await self._load("move/", Handover, moves)
         for name, move in moves.items():
@@ -111,6 +138,10 @@ class Authority:
         for key in deletes:
             self._revisions.pop(key, None)
 
+    def _news(self, networks: frozenset[str]) -> None:
+        """What has changed in these may be news to NVEs of those they may talk with, too."""
+        self._changed(self.cluster.near(networks))
+
     # ------------------------------------------------------------ networks
 
     async def create_network(self, wish: Network) -> Network:
@@ -133,7 +164,7 @@ class Authority:
             _stop_if(gateway_blockers(self.cluster, gateway))
             await self._write({f"gateway/{network}": gateway})
             self.cluster.gateways[network] = gateway
-        self._changed(frozenset({network}))
+        self._news(frozenset({network}))
         return gateway
 
     async def delete_gateway(self, network: str) -> None:
@@ -142,7 +173,31 @@ class Authority:
             _stop_if(removal_blockers(self.cluster, network))
             await self._write({}, (f"gateway/{network}",))
             del self.cluster.gateways[network]
-        self._changed(frozenset({network}))
+        self._news(frozenset({network}))
+
+    async def allow(self, one: str, other: str) -> Policy:
+        """From now on tenants of these two VNs may talk; content with being told again."""
+        async with self._lock:
+            policy = pair(one, other, time.time_ns())
+            _stop_if(allow_blockers(self.cluster, policy))
+            if policy.key in self.cluster.policies:
+                return self.cluster.policies[policy.key]
+            await self._write({f"policy/{policy.key}": policy})
+            self.cluster.policies[policy.key] = policy
+        self._news(frozenset(policy.networks))
+        return policy
+
+    async def deny(self, one: str, other: str) -> Policy:
+        """From now on they may not, as by default; content with absence."""
+        async with self._lock:
+            policy = pair(one, other, time.time_ns())
+            _stop_if(known_blockers(self.cluster, policy))
+            if policy.key not in self.cluster.policies:
+                return policy
+            await self._write({}, (f"policy/{policy.key}",))
+            del self.cluster.policies[policy.key]
+        self._news(frozenset(policy.networks))
+        return policy
 
     # ------------------------------------------------------------ hosts
 
@@ -204,7 +259,7 @@ class Authority:
             vm = self.completed(wish)
             await self._write({f"vm/{vm.name}": vm})
             self.cluster.vms[vm.name] = vm
-        self._changed(frozenset(each.network for each in vm.interfaces))
+        self._news(frozenset(each.network for each in vm.interfaces))
         return vm
 
     def completed(self, wish: Vm) -> Vm:
@@ -227,9 +282,16 @@ class Authority:
             vm = self._vm(name)
             if vm.move is not None:
                 _stop_if([Refused(code="move_in_progress", what=f"vm {name}", why="it is moving")])
-            await self._write({}, (f"vm/{name}",))
+            puts: dict[str, Kept] = {}
+            known = self.cluster.eligibilities.get(name)
+            if known is not None:  # a VM that comes under its name later is another one
+                known = _forgotten(known, "NVA: the VM was deleted", time.time_ns())
+                puts[f"eligibility/{name}"] = known
+            await self._write(puts, (f"vm/{name}",))
             del self.cluster.vms[name]
-        self._changed(frozenset(each.network for each in vm.interfaces))
+            if known is not None:
+                self.cluster.eligibilities[name] = known
+        self._news(frozenset(each.network for each in vm.interfaces))
 
     async def change_addresses(self, name: str, network: str, changes: dict[str, str | None]) -> Vm:
         """Give the VM's interface in `network` other addresses; the version is raised (H-04).
@@ -247,7 +309,7 @@ class Authority:
             vm = msgspec.structs.replace(vm, interfaces=interfaces, version=vm.version + 1)
             await self._write({f"vm/{name}": vm})
             self.cluster.vms[name] = vm
-        self._changed(frozenset({network}))
+        self._news(frozenset({network}))
         return vm
 
     async def vm_state(self, name: str, state: str, reason: str | None = None) -> None:
@@ -261,7 +323,7 @@ class Authority:
             )
             await self._write({f"vm/{name}": changed})
             self.cluster.vms[name] = changed
-        self._changed(frozenset(each.network for each in vm.interfaces))
+        self._news(frozenset(each.network for each in vm.interfaces))
 
     def _vm(self, name: str) -> Vm:
         vm = self.cluster.vms.get(name)
@@ -289,7 +351,7 @@ class Authority:
             _stop_if(rules.endpoint_blockers(self.cluster, endpoint))
             await self._write({f"endpoint/{endpoint.name}": endpoint})
             self.cluster.endpoints[endpoint.name] = endpoint
-        self._changed(frozenset({interface.network}))
+        self._news(frozenset({interface.network}))
         return endpoint
 
     async def delete_endpoint(self, name: str) -> None:
@@ -307,14 +369,85 @@ class Authority:
                 )
             await self._write({}, (f"endpoint/{name}",))
             del self.cluster.endpoints[name]
-        self._changed(frozenset({endpoint.interface.network}))
+        self._news(frozenset({endpoint.interface.network}))
+
+    # ------------------------------------------------------------ who may be moved
+
+    async def declare(self, name: str, origin: str, **what: Any) -> None:
+        """Note what `origin` says of VM `name`, whatever of a Declaration; Blocked when wrong."""
+        async with self._lock:
+            self._vm(name)
+            _stop_if(eligibility.declaration_blockers(name, what.get("outside", ())))
+            known = eligibility.record_of(self.cluster, name)
+            said = {**msgspec.to_builtins(known.declaration), **what}
+            said |= {"origin": origin, "at_ns": time.time_ns()}
+            declaration = msgspec.convert(said, Declaration)
+            await self._keep_known(msgspec.structs.replace(known, declaration=declaration))
+
+    async def state(self, name: str, owner: str, statement: Statement, signed: Signed) -> None:
+        """Register VM `name`, or end that, as `owner` has signed it; Blocked when not believed."""
+        async with self._lock:
+            now_ns = time.time_ns()
+            _stop_if(eligibility.statement_blockers(self.cluster, name, owner, statement, now_ns))
+            known = eligibility.record_of(self.cluster, name)
+            known = msgspec.structs.replace(known, heard_ns=statement.at_ns)
+            origin = f"owner:{owner}"
+            if statement.handles_address_change:
+                registration = Registration(origin=origin, at_ns=now_ns, signed=signed)
+                known = msgspec.structs.replace(known, registration=registration, revocation=None)
+            else:
+                known = _revoked(known, origin, now_ns)
+            await self._keep_known(known)
+
+    async def revoke(self, name: str, origin: str) -> None:
+        """End the registration of VM `name`: that needs no proof, for it makes nothing possible."""
+        async with self._lock:
+            self._vm(name)
+            known = eligibility.record_of(self.cluster, name)
+            if known.registration is None:
+                why, hint = "it is not registered", f"`overland vm eligibility show {name}`"
+                refusal = Refused(code="not_registered", what=f"vm {name}", why=why, hint=hint)
+                raise Blocked([refusal])
+            await self._keep_known(_revoked(known, origin, time.time_ns()))
+
+    async def _keep_known(self, known: Eligibility) -> None:
+        await self._write({f"eligibility/{known.vm}": known})
+        self.cluster.eligibilities[known.vm] = known
+
+    def eligibility(self, name: str) -> dict[str, Any]:
+        """All that is known of whether VM `name` may be moved; Blocked when there is none."""
+        return eligibility.shown(self.cluster, self._vm(name), self.ended_moves.values())
+
+    def flags(self, name: str, to: str) -> tuple[str, ...]:
+        """What a move of VM `name` to `to` would not cover, and would be carried out for all that.
+
+        Of a move that nothing stands against.
+        """
+        grounds = eligibility.grounds(self.cluster, self._vm(name), to, time.time_ns())
+        return grounds.flags
+
+    def latency_blockers(
+        self, name: str, mode: str, forecast: Forecast | None
+    ) -> tuple[Refused, ...]:
+        """Whether the latency class of VM `name` bears such a move (R-62).
+
+        A cold one is taken to be as long as the longest that the VM has had.
+        """
+        vm = self._vm(name)
+        seen = eligibility.outages_ms(self.ended_moves.values(), name)
+        hot_ms = forecast.stop_ms if forecast is not None else None
+        expected_ms = seen.get("cold") if mode == "cold" else hot_ms
+        return tuple(eligibility.latency_blockers(self.cluster, vm, expected_ms, mode))
 
     # ------------------------------------------------------------ moves
 
     def move_blockers(self, name: str, to: str, *, cold: bool = False) -> tuple[Refused, ...]:
         """Everything that stands against moving `name` to `to` now."""
         blockers = rules.cold_blockers if cold else rules.move_blockers
-        return tuple(blockers(self.cluster, name, to))
+        found = tuple(blockers(self.cluster, name, to))
+        if cold and name in self.cluster.vms:
+            found += self.latency_blockers(name, "cold", None)
+        return found
 
     def live_blockers(self, name: str, to: str, options: Options) -> tuple[Refused, ...]:
         """Everything that stands against moving a running VM, hot or, with checkpoints, warm."""
@@ -391,7 +524,7 @@ class Authority:
             )
             await self._write({f"vm/{name}": vm})
             self.cluster.vms[name] = vm
-        self._changed(frozenset(each.network for each in vm.interfaces))
+        self._news(frozenset(each.network for each in vm.interfaces))
         return vm
 
     async def begin_move(
@@ -416,10 +549,14 @@ class Authority:
                 else self.live_blockers(name, to, options)
             )
             vm = self._vm(name)
+            mode: Literal["hot", "warm"] = "warm" if options.warm else "hot"
+            if not cold:
+                _stop_if(self.latency_blockers(name, mode, forecast))
             record = msgspec.structs.replace(
                 self._planned(move_id, msgspec.structs.replace(vm, disks=disks), to, options),
-                mode="warm" if options.warm else "hot",
+                mode=mode,
                 forecast=forecast,
+                grounds=eligibility.grounds(self.cluster, vm, to, time.time_ns()),
             )
             moving = msgspec.structs.replace(vm, move=move_id)
             if cold:
@@ -430,7 +567,7 @@ class Authority:
             await self._write({f"move/{move_id}": record, f"vm/{name}": moving})
             self.cluster.vms[name] = moving
             self.cluster.moves[move_id] = record
-        self._changed(frozenset(port.network for port in record.ports))
+        self._news(frozenset(port.network for port in record.ports))
         return record
 
     def _planned(self, move_id: str, vm: Vm, to: str, options: Options) -> Handover:
@@ -500,7 +637,7 @@ class Authority:
             if vm is not None:
                 self.cluster.vms[vm.name] = vm
         if ended:
-            self._changed(frozenset(port.network for port in record.ports))
+            self._news(frozenset(port.network for port in record.ports))
 
     def _note_move(self, record: Handover) -> None:
         if record.phase in ENDED:
@@ -530,7 +667,7 @@ class Authority:
 
     def publish(self, record: Handover) -> None:
         """Tell the subscribers of a committed move's VNs."""
-        self._changed(frozenset(port.network for port in record.ports))
+        self._news(frozenset(port.network for port in record.ports))
 
     async def open_moves(self) -> list[Handover]:
         return list(self.cluster.moves.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,10 +13,12 @@ from overland.model.cluster import (
     Interface,
     Leg,
     Network,
+    Policy,
     Record,
     Vm,
     VmState,
 )
+from overland.model.eligibility import Eligibility
 from overland.model.handover import Handover, Marking, marking
 
 AT_REST: tuple[VmState, ...] = ("shutdown", "suspended", "crashed")
@@ -48,6 +50,10 @@ class Cluster:
     endpoints: dict[str, Endpoint] = field(default_factory=dict)
     gateways: dict[str, Gateway] = field(default_factory=dict)
     """By network: there is one way out of each."""
+    policies: dict[str, Policy] = field(default_factory=dict)
+    """By the pair of networks."""
+    eligibilities: dict[str, Eligibility] = field(default_factory=dict)
+    """By VM; of most there is none."""
     moves: dict[str, Handover] = field(default_factory=dict)
     """Open moves only."""
 
@@ -88,10 +94,23 @@ class Cluster:
                 leg=gateway.leg,
             )
 
+    def near(self, networks: Iterable[str]) -> frozenset[str]:
+        """These networks, and those whose tenants theirs may talk with (N-15)."""
+        asked = frozenset(networks)
+        pairs = (frozenset(policy.networks) for policy in self.policies.values())
+        return asked.union(*(pair for pair in pairs if pair & asked))
+
     def places(self, network: str) -> set[str]:
-        """Hosts with an interface in `network`, and those where one is about to come."""
-        hosts = {tsi.host for tsi in self.tsis() if tsi.interface.network == network}
+        """Hosts with an interface in `network` or near it, and those where one is about to come.
+
+        What is a peer in a move stays one until its end, whatever is no longer allowed meanwhile.
+        """
+        near = self.near((network,))
+        hosts = {tsi.host for tsi in self.tsis() if tsi.interface.network in near}
         for move in self.moves.values():
-            if any(port.network == network for port in move.ports):
+            ports = {port.network for port in move.ports}
+            if ports & near:
                 hosts |= {move.new_nve, move.old_nve}
+            if network in ports:
+                hosts |= set(move.peers)
         return hosts

@@ -13,8 +13,7 @@ from overland.model.names import default_mac
 from overland.nva.cluster import Cluster
 from overland.nva.mapping import underlay_address
 from overland.nva.rules import completed, host_blockers, interface_blockers
-
-Subnet = ipaddress.IPv4Network | ipaddress.IPv6Network
+from overland.nva.subnets import outside_of, overlap, subnets
 
 
 def chosen(cluster: Cluster, network: str, host: str, leg: Leg) -> Gateway:
@@ -108,23 +107,26 @@ def _no_leg(family: int, mine: str, via: str) -> str:
 
 def _overlaps(cluster: Cluster, what: str, network: Network, wish: Gateway) -> Iterator[Refused]:
     """The outside must be elsewhere, and must know by the address which VN is meant."""
-    inside, outside = _subnets(network), _places(wish.leg)
-    for mine, theirs in product(inside, outside):
-        if _overlap(mine, theirs):
-            why = f"{theirs} of the physical network overlaps {mine} of the VN"
+    inside, outside = subnets(network), outside_of(wish.leg)
+    reached = [s for name in cluster.near((network.name,)) for s in subnets(cluster.networks[name])]
+    for mine, theirs in product(reached, outside):
+        if overlap(mine, theirs):
+            why = (
+                f"{theirs} of the physical network overlaps {mine} of the VN or one it may talk to"
+            )
             yield Refused(code="overlap", what=what, why=why, hint="use other addresses")
     for other in cluster.gateways.values():
         if other.network == network.name:
             continue
-        places = _places(other.leg)
+        places = outside_of(other.leg)
         for address in _addresses(wish.leg):
             if address in _addresses(other.leg):
                 why = f"{address} belongs to the gateway of network {other.network}"
                 yield Refused(code="address_taken", what=what, why=why, hint="choose another")
-        if not any(_overlap(mine, theirs) for mine, theirs in product(outside, places)):
+        if not any(overlap(mine, theirs) for mine, theirs in product(outside, places)):
             continue
-        for mine, theirs in product(inside, _subnets(cluster.networks[other.network])):
-            if _overlap(mine, theirs):
+        for mine, theirs in product(inside, subnets(cluster.networks[other.network])):
+            if overlap(mine, theirs):
                 why = f"{mine} overlaps {theirs} of network {other.network} on the same outside"
                 hint = f"`overland network gateway remove {other.network}`, or another outside"
                 yield Refused(code="overlap", what=what, why=why, hint=hint)
@@ -132,17 +134,3 @@ def _overlaps(cluster: Cluster, what: str, network: Network, wish: Gateway) -> I
 
 def _addresses(leg: Leg) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
     return [ipaddress.ip_interface(each).ip for each in (leg.ipv4, leg.ipv6) if each]
-
-
-def _subnets(network: Network) -> list[Subnet]:
-    return [ipaddress.ip_network(each) for each in (network.ipv4, network.ipv6) if each]
-
-
-def _places(leg: Leg) -> list[Subnet]:
-    return [ipaddress.ip_interface(each).network for each in (leg.ipv4, leg.ipv6) if each]
-
-
-def _overlap(one: Subnet, other: Subnet) -> bool:
-    if isinstance(one, ipaddress.IPv4Network):
-        return isinstance(other, ipaddress.IPv4Network) and one.overlaps(other)
-    return isinstance(other, ipaddress.IPv6Network) and one.overlaps(other)

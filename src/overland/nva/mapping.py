@@ -1,8 +1,9 @@
 """What each NVE is told of each VN, whole or as what has changed. Pure.
 
-An NVE hears only of VNs in which it has an interface or is about to get one (N-04, R-44). Before
-the commit a moving VM is at the old NVE and associated at the new; after it, at the new only.
-What an NVE on a dead host has mapped is told to nobody (N-11).
+An NVE hears only of VNs in which it has an interface or is about to get one, and of those whose
+tenants its own may talk with (N-04, N-15, R-44). Before the commit a moving VM is at the old NVE
+and associated at the new; after it, at the new only. What an NVE on a dead host has mapped is told
+to nobody (N-11).
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ class VnView:
         self.versions = {tsi.owner: tsi.version for tsi in tsis}
         self.markings: dict[str, Marking] = {tsi.owner: tsi.marking for tsi in tsis}
         self._places = cluster.places(network.name)
+        near = cluster.near((network.name,)) - {network.name}
+        known = (cluster.networks[name] for name in near if name in cluster.networks)
+        self.allowed = tuple(sorted(each.vni for each in known))
         hosts = (cluster.hosts[name] for name in self._places if name in cluster.hosts)
         self._addresses = {
             host.name: address for host in hosts if (address := underlay_address(host, network))
@@ -76,6 +80,7 @@ class VnView:
             underlay=network.underlay,
             local=self._addresses[host],
             gateways=gateways(network),
+            allowed=self.allowed,
             ipv4_prefix=_prefix(network.ipv4, 24),
             ipv6_prefix=_prefix(network.ipv6, 64),
             members=self._others(host),
@@ -86,7 +91,8 @@ class VnView:
     def change(self, host: str, since: VnView) -> VnChange | None:
         """What NVE `host` has to change when it has `since`; None when only the whole will do."""
         same = since._addresses.get(host) == self._addresses[host]
-        if not (same and since.includes(host) and since.network == self.network):
+        same = same and (since.network, since.allowed) == (self.network, self.allowed)
+        if not (same and since.includes(host)):
             return None
         put, gone, same_members = self._difference(since)
         tsis = self._tsis(host)

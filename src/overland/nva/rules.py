@@ -29,6 +29,7 @@ from overland.model.names import (
     parse_vni,
 )
 from overland.nva.cluster import AT_REST, Cluster
+from overland.nva.eligibility import eligibility_blockers
 from overland.nva.mapping import gateways, underlay_address
 
 RESERVE_MIB = 32
@@ -113,6 +114,11 @@ def network_in_use(cluster: Cluster, name: str) -> Iterator[Refused]:
             if tsi.kind == "gateway":
                 hint = f"`overland network gateway remove {name}`"
             yield _no("in_use", f"network {name}", f"{tsi.owner} is attached", hint)
+    for policy in cluster.policies.values():
+        if name in policy.networks:
+            why = f"{' and '.join(policy.networks)} may talk with each other"
+            hint = f"`overland network deny {' '.join(policy.networks)}`"
+            yield _no("in_use", f"network {name}", why, hint)
 
 
 def host_blockers(cluster: Cluster, name: str) -> Iterator[Refused]:
@@ -234,6 +240,10 @@ def _names_taken(cluster: Cluster, name: str, kind: str) -> Iterator[Refused]:
 def vm_blockers(cluster: Cluster, wish: Vm) -> Iterator[Refused]:
     """Why VM `wish` cannot be made on its host."""
     yield from _names_taken(cluster, wish.name, "vm")
+    try:
+        parse_name(wish.owner or "nobody", "owner")
+    except ValueError as error:
+        yield _no("malformed", f"vm {wish.name}", str(error))
     yield from host_blockers(cluster, wish.host)
     yield from interface_blockers(cluster, wish.name, wish.interfaces)
     if wish.memory_mib < 16:
@@ -297,14 +307,17 @@ def _fits(cluster: Cluster, host: Host, vm: Vm) -> Iterator[Refused]:
 
 
 def _reach(cluster: Cluster, host: Host, interfaces: tuple[Interface, ...]) -> Iterator[Refused]:
-    for interface in interfaces:
-        network = cluster.networks.get(interface.network)
-        if network is None:
-            continue
+    """What keeps a VN of these interfaces, or one it may talk with (N-15), from being on `host`."""
+    for network in _near(cluster, interfaces):
         if underlay_address(host, network) is None:
             why = f"host {host.name} has no {network.underlay} underlay address"
             yield _no("no_underlay", f"network {network.name}", why)
         yield from _too_small(host, network)
+
+
+def _near(cluster: Cluster, interfaces: tuple[Interface, ...]) -> list[Network]:
+    names = cluster.near(each.network for each in interfaces)
+    return [cluster.networks[name] for name in sorted(names & cluster.networks.keys())]
 
 
 def move_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
@@ -452,7 +465,9 @@ def _any_move_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused
         yield _no("same_host", f"vm {name}", f"it is on host {to} already", "choose another host")
     elif host is not None:
         yield from _fits(cluster, host, vm)
-        yield from _reach(cluster, host, vm.interfaces)
+        for network in _near(cluster, vm.interfaces):
+            yield from _too_small(host, network)
+    yield from eligibility_blockers(cluster, vm, to)
 
 
 def _deaf_peers(cluster: Cluster, vm: Vm, to: str) -> Iterator[Refused]:

@@ -21,6 +21,7 @@ from overland.model.nve import (
     Muted,
     Neighbour,
     Op,
+    Passage,
     RouterNeighbour,
     TunnelEntry,
 )
@@ -46,6 +47,7 @@ def _facts(state: KernelState) -> frozenset[Fact]:
         | state.router_neighbours
         | state.host_routes
         | state.default_routes
+        | state.passages
         | state.muted
         | state.in_transit
     )
@@ -70,6 +72,8 @@ def _slot(fact: Fact) -> Hashable:
             return ("route", router, address)
         case DefaultRoute(router=router, via=via):
             return ("default route", router, ":" in via)
+        case Passage(router=router, other=other):
+            return ("passage", router, other)
         case Muted(port=port):
             return ("muted", port)
         case InTransit(port=port, mac=mac):
@@ -98,6 +102,8 @@ def _put_order(op: Op) -> tuple[int, int, str]:
             return (6, 0, router + address)
         case DefaultRoute(router=router, via=via):
             return (7, 0, router + via)
+        case Passage(router=router, other=other):
+            return (8, 0, router + other)
         case _:
             raise AssertionError(op)
 
@@ -108,6 +114,8 @@ def _remove_order(op: Op) -> tuple[int, int, str]:
             return (0, 0, port)
         case DefaultRoute(router=router, via=via):
             return (0, 1, router + via)
+        case Passage(router=router, other=other):
+            return (0, 2, router + other)
         case HostRoute(router=router, address=address):
             return (1, 0, router + address)
         case RouterNeighbour(router=router, address=address):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from ipaddress import ip_interface
+from itertools import product
 
 from overland.model.names import (
     GATEWAY_MAC,
@@ -27,6 +29,7 @@ from overland.model.nve import (
     Muted,
     Neighbour,
     NveIntent,
+    Passage,
     RemoteIntent,
     RouterNeighbour,
     TsiIntent,
@@ -38,6 +41,7 @@ from overland.model.nve import (
 def render(intent: NveIntent) -> KernelState:
     """Return the kernel state that makes `intent` true."""
     facts = [fact for vn in intent.vns for fact in _vn(vn)]
+    facts += _passages(intent)
     return KernelState(
         links=frozenset(f for f in facts if isinstance(f, Link)),
         bridge_entries=frozenset(f for f in facts if isinstance(f, BridgeEntry)),
@@ -46,6 +50,7 @@ def render(intent: NveIntent) -> KernelState:
         router_neighbours=frozenset(f for f in facts if isinstance(f, RouterNeighbour)),
         host_routes=frozenset(f for f in facts if isinstance(f, HostRoute)),
         default_routes=frozenset(f for f in facts if isinstance(f, DefaultRoute)),
+        passages=frozenset(f for f in facts if isinstance(f, Passage)),
         muted=frozenset(f for f in facts if isinstance(f, Muted)),
         in_transit=frozenset(f for f in facts if isinstance(f, InTransit)),
     )
@@ -112,6 +117,25 @@ def _router(vn: VnIntent, bridge: str) -> Iterator[Fact]:
         gateways=vn.gateways,
     )
     yield BridgeEntry(bridge=bridge, mac=GATEWAY_MAC, port=router)
+
+
+def _passages(intent: NveIntent) -> Iterator[Passage]:
+    """Where both VNs say so; a pair that is no longer allowed ends with the first of the two."""
+    vns = {vn.vni: vn for vn in intent.vns}
+    for vn in intent.vns:
+        for other in (vns[vni] for vni in vn.allowed if vni > vn.vni and vni in vns):
+            pairs = [pair for pair in product(vn.gateways, other.gateways) if _same_family(*pair)]
+            if vn.vni in other.allowed and pairs:
+                yield Passage(
+                    router=router_name(vn.vni),
+                    other=router_name(other.vni),
+                    near=tuple(mine for mine, _ in pairs),
+                    far=tuple(theirs for _, theirs in pairs),
+                )
+
+
+def _same_family(one: str, other: str) -> bool:
+    return ip_interface(one).version == ip_interface(other).version
 
 
 def _known(vn: VnIntent, tenant: TsiIntent | RemoteIntent) -> Iterator[Fact]:
