@@ -53,6 +53,7 @@ def up(lab: Topology) -> dict[str, Any]:
         shutil.rmtree(lab.folder, ignore_errors=True)
         lab.folder.mkdir(parents=True)
         _namespaces(lab)
+        _locators(lab)
         _keep_home(lab)
         _certificates(lab)
         apis = _start(lab)
@@ -95,6 +96,16 @@ def _namespaces(lab: Topology) -> None:
         )
 
 
+def _locators(lab: Topology) -> None:
+    """What a routing protocol would do in a real underlay: each locator leads to its host."""
+    for host in lab.hosts:
+        others = (each for each in lab.hosts if each != host)
+        ip(
+            *(f"route add {each.locator} via {each.underlay_ipv6}" for each in others),
+            namespace=host.namespace,
+        )
+
+
 def _certificates(lab: Topology) -> None:
     folder = lab.folder / "certs"
     tls.create_authority(folder)
@@ -126,6 +137,7 @@ def nve_config(lab: Topology, host: LabHost) -> Path:
         f'host = "{host.name}"\n'
         f"nva = {json.dumps([nvas])}\n"
         f'underlay_ipv4 = "{host.underlay_ipv4}"\nunderlay_ipv6 = "{host.underlay_ipv6}"\n'
+        f'locator = "{host.locator}"\n'
         f'run_dir = "{lab.folder}/run/{host.name}"\n'
         f'namespace_prefix = "{host.namespace}"\n'
         f"memory_mib = 8192\n{_tls_section(lab.folder / 'certs', host.name)}"

@@ -22,10 +22,10 @@ UNIQUE = 1
 
 _TYPE_SHIFT, _C_BIT = 61, 1 << 60
 _UNIQUE = UNIQUE << _TYPE_SHIFT
-_IN_MOVE = 6 << _TYPE_SHIFT
-"""Reserved by the draft; no tenant has it. Ours for what a move redirects."""
+_IN_MOVE, _OF_NVE = 6 << _TYPE_SHIFT, 7 << _TYPE_SHIFT
+"""Reserved by the draft; no tenant has them. Ours for what a move redirects, and for probes."""
 
-_TUNNEL_SHIFT = 36
+_NUMBER_SHIFT = 36
 _HALF = (1 << HALF_BITS) - 1
 _LOW = 0xFFFF
 
@@ -68,15 +68,25 @@ def in_move(address: str, locator: str, tunnel: int) -> str:
     It names the tunnel (24 bits) in place of the identifier; its sum is still that of `address`.
     """
     place = _halves(locator)[0]
-    identifier = _IN_MOVE | _C_BIT | tunnel << _TUNNEL_SHIFT
+    identifier = _IN_MOVE | _C_BIT | tunnel << _NUMBER_SHIFT
     whole = words_sum(int(ipaddress.IPv6Address(address)))
     rest = words_sum(words_sum(place) + words_sum(identifier))
     return _joined(place, identifier | words_sum(whole + (~rest & _LOW)))
 
 
+def of_nve(locator: str, vni: int) -> str:
+    """Where a probe finds the NVE of `locator`, in the VN with `vni`: it is no tenant's."""
+    return _joined(_halves(locator)[0], _OF_NVE | vni << _NUMBER_SHIFT | 1)
+
+
 def is_in_move(address: str) -> bool:
     """Tell whether wire `address` names a move's tunnel."""
-    return _halves(address)[1] >> _TYPE_SHIFT == _IN_MOVE >> _TYPE_SHIFT
+    return _type(address) == _IN_MOVE >> _TYPE_SHIFT
+
+
+def is_tenant(address: str) -> bool:
+    """Tell whether wire `address` is a tenant's, and nothing of ours."""
+    return _type(address) == UNIQUE
 
 
 def parse_half(text: str, what: str) -> str:
@@ -121,6 +131,10 @@ def tenants(prefix: str) -> Iterator[str]:
     for number in itertools.count(1):
         if number & _LOW not in (0, _LOW):
             yield _joined(home, _UNIQUE | number)
+
+
+def _type(address: str) -> int:
+    return identifier(address) >> _TYPE_SHIFT
 
 
 def _halves(address: str) -> tuple[int, int]:
