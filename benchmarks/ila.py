@@ -118,7 +118,7 @@ class Filling:
 
 def entry(number: int) -> LocatorEntry:
     mac = bytes((2, 0x77, *number.to_bytes(4, "big"))).hex(":")
-    address = f"2001:db8:200:0:2000::{number >> 16:x}:{(number & 0x7FFF) + 1:x}"
+    address = f"2001:db8:200:0:2000::{number >> 15:x}:{(number & 0x7FFF) + 1:x}"
     return LocatorEntry(device=FILLING, mac=mac, address=address, remote="2001:db8:a:2::1")
 
 

@@ -75,11 +75,8 @@ class Ila:
         self._own, self._underlay = own_address(locator), underlay
         await run("-6", "addr", "replace", f"{self._own}/128", "dev", "lo")
         index = interface_index(underlay)
-        try:
-            await self._clsact(index)
-            program = await attached_program(self._ip, index, CLSACT_INGRESS, _RECEIVER_TURN)
-        except NetlinkError as error:
-            raise KernelFailure(f"{self._underlay}: {error}") from None
+        await self._clsact(index)
+        program = await attached_program(self._ip, index, CLSACT_INGRESS, _RECEIVER_TURN)
         self._tables = (_found(program) if program is not None else None) or _created()
         # In place of a former daemon's, in one step: the tables are the same.
         code = receiver_program(self._tables, _packed(self._own)[:8])
@@ -135,7 +132,7 @@ class Ila:
         there = in_move(tunnel.address, tunnel.remote, tunnel.number)
         here = in_move(tunnel.address, tunnel.local, tunnel.number)
         value = OUT_VALUE.pack(_packed(there), _packed(tunnel.address))
-        self.tables.out.put(_out_key(number, tunnel.mac), value)
+        _write(self.tables.out, _out_key(number, tunnel.mac), value)
         self._receive(here, tunnel.address, tunnel.mac, interface_index(name))
 
     def close_tunnel(self, tunnel: Tunnel) -> None:
@@ -175,6 +172,8 @@ class Ila:
         program = bpf.load_classifier(code, name)
         try:
             await attach(self._ip, index, parent, program, name, turn)
+        except NetlinkError as error:
+            raise KernelFailure(f"{name}: {error}") from None
         finally:
             os.close(program)
 
@@ -183,7 +182,7 @@ class Ila:
             await self._ip.tc("add", "clsact", index)
         except NetlinkError as error:
             if error.code not in _ALREADY:
-                raise
+                raise KernelFailure(f"clsact: {error}") from None
 
     # ------------------------------------------------------------ entries
 
@@ -252,21 +251,15 @@ class Ila:
         key = _out_key(vni_of(device), mac)
         wire = _packed(on_wire(address, remote))
         before = self.tables.out.get(key)
-        try:
-            # Known before the first packet that may be quoted is sent.
-            value = QUOTE_VALUE.pack(_packed(address), 0, vni_of(device))
-            self.tables.quoted.put(wire, value)
-            self.tables.out.put(key, OUT_VALUE.pack(wire, _packed(address)))
-        except OSError as error:
-            if error.errno == errno.E2BIG:
-                why = f"this NVE knows of as many tenants as it can ({MAPPINGS_MAX})"
-                raise KernelFailure(why) from None
-            raise KernelFailure(f"ILA entry of {address}: {error}") from None
+        # Known before the first packet that may be quoted is sent.
+        _write(self.tables.quoted, wire, QUOTE_VALUE.pack(_packed(address), 0, vni_of(device)))
+        _write(self.tables.out, key, OUT_VALUE.pack(wire, _packed(address)))
         if before is not None and before[:16] != wire:
             self._left(before[:16])
 
     def _receive(self, wire: str, address: str, mac: str, index: int) -> None:
-        self.tables.into.put(_packed(wire), IN_VALUE.pack(_packed(address), _mac(mac), index))
+        value = IN_VALUE.pack(_packed(address), _mac(mac), index)
+        _write(self.tables.into, _packed(wire), value)
 
     def _left(self, wire: bytes) -> None:
         """Nothing is sent to `wire` any more; errors about what was are still good for a time."""
@@ -315,6 +308,15 @@ def _created() -> Tables:
             for name, key, value, entries in _SHAPES
         )
     )
+
+
+def _write(table: bpf.Map, key: bytes, value: bytes) -> None:
+    try:
+        table.put(key, value)
+    except OSError as error:
+        if error.errno == errno.E2BIG:
+            raise KernelFailure("this NVE knows of as many tenants as it can") from None
+        raise KernelFailure(f"ILA entry: {error}") from None
 
 
 def _out_key(number: int, mac: str) -> bytes:
