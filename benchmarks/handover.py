@@ -33,18 +33,25 @@ def prepare(kind: str) -> None:
     overland("lab", "down", "--name", LAB)
     overland("lab", "up", "--name", LAB)
     overland(
-        *("network", "create", "blue", "--vni", "42", "--kind", kind),
-        *("--ipv4", "10.42.0.0/24", "--ipv6", "fd42::/64"),
+        *("network", "create", "blue", "--vni", "42", "--kind", kind, "--ipv6", "fd42::/64"),
+        *(() if kind == "ila" else ("--ipv4", "10.42.0.0/24")),
     )
     for index, host in enumerate(HOSTS, 1):
-        overland(
-            *("lab", "endpoint", "add", f"p{index}", "--host", host, "--network", "blue"),
-            *("--ipv4", f"10.42.0.1{index}", "--ipv6", f"fd42::1{index}", "--lab", LAB),
-        )
+        where = ("--host", host, "--network", "blue", "--lab", LAB)
+        faces = (f"--{family}={address}" for family, address in addresses(kind, 10 + index))
+        overland("lab", "endpoint", "add", f"p{index}", *where, *faces)
+    face = ",".join(f"{family}={address}" for family, address in addresses(kind, 5))
     overland(
         *("vm", "create", "web", "--host", "h1", "--memory", "128MiB"),
-        *("--network", "blue,ipv4=10.42.0.5,ipv6=fd42::5", "--append", DIRTY),
+        *("--network", f"blue,{face}", "--append", DIRTY),
     )
+
+
+def addresses(kind: str, number: int) -> list[tuple[str, str]]:
+    """Of both families, but for identifier-locator addressing, which knows one."""
+    if kind == "ila":
+        return [("ipv6", f"fd42::2000:0:0:{number}")]
+    return [("ipv4", f"10.42.0.{number}"), ("ipv6", f"fd42::{number}")]
 
 
 def restart_under_traffic(rate: int) -> dict[str, Any]:
@@ -87,7 +94,7 @@ def main() -> None:
     parser.add_argument("--moves", type=int, default=30)
     parser.add_argument("--rate", type=int, default=5000)
     parser.add_argument("--rate-from-vm", type=int)
-    parser.add_argument("--kind", choices=("l2", "l3"), default="l2", help="of the network")
+    parser.add_argument("--kind", choices=("l2", "l3", "ila"), default="l2", help="of the network")
     parser.add_argument("--no-plain", action="store_true", help="without the plain bridge")
     parser.add_argument("--out", type=Path, default=Path("out/bench-handover.json"))
     options = parser.parse_args()
@@ -117,7 +124,7 @@ def report(
     moved = [each for each in ours["receipts"] if each["outcome"] == "moved"]
     print(
         f"{len(ours['receipts'])} moves, {rate} packets/s to the VM and {back} from it, "
-        "IPv4 and IPv6, correspondents on three hosts"
+        "correspondents on three hosts"
     )
     print(f"{'':44}{'overland':>18}{'plain bridge, QEMU':>22}")
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import msgspec
 
+from overland.model.ila import parse_half
+
 
 class ConfigFailure(Exception):
     """A configuration that cannot be used; one line that names the key."""
@@ -76,6 +78,9 @@ class NveConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     `underlay_ipv6` or both; the device that carries it must be up when the daemon starts."""
     underlay_ipv6: str | None = None
     """IPv6 address of this host between hosts, for networks with `--underlay ipv6`."""
+    locator: str | None = None
+    """A /64 of IPv6 addresses that the underlay routes to `underlay_ipv6` of this host, and nobody
+    else uses: its locator in networks of kind `ila`. Left out, the host has no part in them."""
     run_dir: str
     """Folder for the VMs' sockets and logs and for the open moves. It must survive a restart of the
     daemon: the VMs that run are found by it."""
@@ -97,6 +102,10 @@ class NveConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def __post_init__(self) -> None:
         if not (self.underlay_ipv4 or self.underlay_ipv6):
             raise ValueError("no underlay address: give `underlay_ipv4`, `underlay_ipv6` or both")
+        if self.locator is not None:
+            parse_half(self.locator, "locator")
+            if self.underlay_ipv6 is None:
+                raise ValueError("`locator` needs `underlay_ipv6`, which it is routed to")
 
 
 def load(path: Path, kind: type[NvaConfig] | type[NveConfig]) -> NvaConfig | NveConfig:

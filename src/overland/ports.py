@@ -88,13 +88,16 @@ class GateCounters(Record, frozen=True, kw_only=True):
 class Tunnel(Record, frozen=True, kw_only=True):
     """The handover tunnel of one TSI between the old and the new NVE.
 
-    A point-to-point VXLAN device on its own UDP port; `number` is its identifier (24 bits).
+    A point-to-point VXLAN device on its own UDP port; `number` is its identifier (24 bits). In an
+    ILA VN nothing is encapsulated: then `address` is the tenant's, and `mac`.
     """
 
     number: int
     local: str
     remote: str
     mtu: int
+    mac: str = ""
+    address: str | None = None
 
 
 class HandoverPath(Protocol):

@@ -117,6 +117,21 @@ def test_one_underlay_address_is_enough(tmp_path: Path, more: str) -> None:
     assert load(nve_config(tmp_path, more), NveConfig)
 
 
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ('underlay_ipv6 = "fd00::1"\nlocator = "2001:db8:a::/48"', "64 bits"),
+        ('underlay_ipv6 = "fd00::1"\nlocator = "2001:db8:a:1::1/64"', "locator"),
+        ('underlay_ipv4 = "192.0.2.2"\nlocator = "2001:db8:a:1::/64"', "underlay_ipv6"),
+    ],
+)
+def test_a_locator_is_a_64_in_an_ipv6_underlay(tmp_path: Path, more: str, why: str) -> None:
+    with pytest.raises(ConfigFailure, match=why):
+        load(nve_config(tmp_path, more), NveConfig)
+    right = 'underlay_ipv6 = "fd00::1"\nlocator = "2001:db8:a:1::/64"'
+    assert load(nve_config(tmp_path, right), NveConfig)
+
+
 def test_a_config_failure_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigFailure, match=r"nve\.toml: no underlay address"):
         load(nve_config(tmp_path, ""), NveConfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Literal
 
 import msgspec
 import pytest
@@ -17,9 +18,11 @@ from overland.model.nve import (
     DefaultRoute,
     Fact,
     HostRoute,
+    IdentifierEntry,
     InTransit,
     KernelState,
     Link,
+    LocatorEntry,
     Muted,
     Neighbour,
     NveIntent,
@@ -45,12 +48,13 @@ def tsi(mac: str, state: str) -> TsiIntent:
         kind="tap",
         mac=mac,
         ipv4=f"10.0.0.{mac[-1]}",
+        ipv6=f"fd00::2000:0:0:{mac[-1]}",
         state="activated" if state == "activated" else "associated",
     )
 
 
 def remote(mac: str, nve: str, version: int = 1) -> RemoteIntent:
-    return RemoteIntent(mac=mac, ipv6=f"fd00::{mac[-1]}", nve=nve, version=version)
+    return RemoteIntent(mac=mac, ipv6=f"fd00::2000:0:0:{mac[-1]}", nve=nve, version=version)
 
 
 GATEWAYS = ("10.0.0.1/24", "fd00::1/64")
@@ -76,7 +80,10 @@ def intent(
     members: list[str],
     gateways: tuple[str, ...] = (),
     way_out: TsiIntent | RemoteIntent | None = None,
+    ila: bool = False,
 ) -> NveIntent:
+    if ila:
+        gateways = GATEWAYS[1:]
     if gateways and isinstance(way_out, TsiIntent):
         tsis = [*tsis, way_out]
     elif gateways and isinstance(way_out, RemoteIntent):
@@ -87,6 +94,7 @@ def intent(
         mtu=1500,
         underlay="ipv4",
         local="192.0.2.1",
+        ila=ila,
         gateways=gateways,
         members=tuple(members),
         tsis=tuple(tsis),
@@ -108,6 +116,7 @@ intents = st.builds(
     st.lists(st.sampled_from(["192.0.2.2", "192.0.2.3"]), unique=True),
     st.sampled_from([(), GATEWAYS]),
     st.sampled_from([None, WAY, FAR]),
+    st.booleans(),
 )
 
 
@@ -116,6 +125,8 @@ def facts(state: KernelState) -> set[Fact]:
         *state.links,
         *state.bridge_entries,
         *state.tunnel_entries,
+        *state.locator_entries,
+        *state.identifier_entries,
         *state.neighbours,
         *state.router_neighbours,
         *state.host_routes,
@@ -126,7 +137,7 @@ def facts(state: KernelState) -> set[Fact]:
     }
 
 
-def key(fact: Fact) -> object:
+def key(fact: Fact) -> object:  # noqa: C901 - one row for each kind of fact
     match fact:
         case Link(name=name):
             return name
@@ -134,6 +145,10 @@ def key(fact: Fact) -> object:
             return (bridge, mac)
         case TunnelEntry(device=device, mac=mac, remote=remote):
             return (device, mac, remote if mac == FLOOD else "")
+        case LocatorEntry(device=device, mac=mac):
+            return ("locator", device, mac)
+        case IdentifierEntry(address=address, local=local):
+            return ("identifier", address, local)
         case Neighbour(bridge=bridge, address=address):
             return (bridge, address)
         case RouterNeighbour(router=router, address=address):
@@ -229,7 +244,45 @@ def test_a_move_changes_no_route_and_no_neighbour_of_any_router() -> None:
     for before, after in itertools.permutations((old, new, peer), 2):
         touched = {type(op.fact) for op in delta(after, before)}
         assert not touched & {RouterNeighbour, HostRoute}
-    assert {route.address for route in new.host_routes} == {"fd00::1"}
+    assert {route.address for route in new.host_routes} == {away[0].ipv6}
+
+
+def test_an_ila_vn_has_places_where_others_have_tunnels() -> None:
+    """Same bridge, same router, same entries in both; the port to the other NVEs is another."""
+    mine, theirs = tsi(MACS[0], "associated"), remote(MACS[1], "2001:db8:a:2::1")
+    tunnelled = render(intent([mine], [theirs], ["192.0.2.2"], GATEWAYS[1:]))
+    state = render(intent([mine], [theirs], ["192.0.2.2"], ila=True))
+    assert {(link.kind, link.routed) for link in state.links} == {
+        ("bridge", False),
+        ("router", False),
+        ("ila", True),
+        ("tap", True),
+    }
+    assert state.tunnel_entries == frozenset()
+    assert state.locator_entries == {
+        LocatorEntry(device="ovi42", mac=MACS[1], address=theirs.ipv6 or "", remote=theirs.nve)
+    }
+    assert state.identifier_entries == {
+        IdentifierEntry(device="ovi42", mac=MACS[0], address=mine.ipv6 or "", local="192.0.2.1")
+    }, "also of what is only associated: a move brings it"
+    assert state.host_routes == tunnelled.host_routes
+    assert state.router_neighbours == tunnelled.router_neighbours
+
+
+@pytest.mark.parametrize("role", ["old", "new", "peer"])
+def test_the_loop_leaves_a_moving_identifier_alone(role: Literal["old", "new", "peer"]) -> None:
+    """The old NVE takes in late packets until the close, the new one early ones from the first."""
+    mac, far = MACS[0], "2001:db8:a:2::1"
+    here = render(intent([tsi(mac, "activated")], [], [], ila=True))
+    wanted = intent([], [remote(mac, far)], [], ila=True)
+    if role == "new":
+        wanted = intent([tsi(mac, "associated")], [remote(mac, far)], [], ila=True)
+        here = render(intent([], [remote(mac, far)], [], ila=True))
+    moving = Moving(role=role, mac=mac, port="ovt1", device="ovi42", bridge="ovb42", version=1)
+    settled = settle(render(wanted), here, wanted, frozenset({moving}))
+    assert settled.locator_entries == here.locator_entries
+    if role != "peer":
+        assert [each.mac for each in settled.identifier_entries] == [mac]
 
 
 @given(intents, intents)

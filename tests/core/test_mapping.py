@@ -165,11 +165,6 @@ def test_each_action_has_its_states(action: str, allowed: set[str]) -> None:
     assert found == allowed
 
 
-def test_a_kind_that_is_not_built_is_refused_by_name() -> None:
-    wish = msgspec.structs.replace(GREY, kind="ila")
-    assert [each.code for each in network_blockers(cluster(), wish)] == ["unsupported_kind"]
-
-
 @pytest.mark.parametrize(
     ("ipv4", "ipv6", "codes"),
     [

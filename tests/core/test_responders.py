@@ -29,7 +29,7 @@ def test_a_device_that_was_made_anew_is_listened_to_anew(monkeypatch: pytest.Mon
     monkeypatch.setattr("overland.dataplane.pathframe.Responder", Listener)
     monkeypatch.setattr(handover, "interface_index", NOW.__getitem__)
     nothing: Any = None
-    path: Any = LinuxHandoverPath(nothing, nothing, nothing, nothing)
+    path: Any = LinuxHandoverPath(nothing, nothing, nothing, nothing, nothing)
     path._respond_on("ovx42")  # noqa: SLF001 - as arm_peer and open_tunnel do
     first = path._responders["ovx42"]  # noqa: SLF001
     path._respond_on("ovx42")  # noqa: SLF001

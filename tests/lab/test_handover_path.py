@@ -23,6 +23,7 @@ from overland.dataplane.gate import PATH_FRAME
 from overland.dataplane.gates import Gates
 from overland.dataplane.handover import LinuxHandoverPath
 from overland.dataplane.hold import Injectors
+from overland.dataplane.ila import Ila
 from overland.dataplane.namespace import inside
 from overland.dataplane.reach import answers
 from overland.dataplane.tap import TapTable, read_frames, ring_empty, vnet_header_bytes
@@ -115,10 +116,15 @@ async def bench(namespace: None) -> AsyncIterator[Bench]:
         silence(PORT)
         ip(f"link set {PORT} up")
         with contextlib.closing(Injectors()) as injectors:
-            path = LinuxHandoverPath(netlink, Gates(netlink), taps, injectors)
+            path = LinuxHandoverPath(netlink, Gates(netlink), taps, injectors, Ila(netlink))
             yield Bench(path, taps, injectors, itertools.count())
             await path.disarm_port(PORT)
         taps.close()
+
+
+def heir_of(bench: Bench, netlink: AsyncIPRoute) -> LinuxHandoverPath:
+    """What a restarted daemon has."""
+    return LinuxHandoverPath(netlink, Gates(netlink), bench.taps, bench.injectors, Ila(netlink))
 
 
 class Ear:
@@ -364,7 +370,7 @@ async def test_a_gate_of_another_release_is_replaced(
         with monkeypatch.context() as older:
             older.setattr(gate, "COUNTER_BYTES", gate.COUNTER_BYTES + 8)
             await Gates(netlink).ensure(PORT, "port")
-        heir = LinuxHandoverPath(netlink, Gates(netlink), bench.taps, bench.injectors)
+        heir = heir_of(bench, netlink)
         await heir.arm_port(PORT, "under", 100)
         numbers = bench.send(20)
         assert bench.taken() == numbers
@@ -383,7 +389,7 @@ async def test_a_restarted_daemon_takes_a_released_gate_over(bench: Bench) -> No
     ear = Ear(tunnel_name(7))
     async with AsyncIPRoute() as netlink:
         _die(bench.path, PORT, 7)
-        heir = LinuxHandoverPath(netlink, Gates(netlink), bench.taps, bench.injectors)
+        heir = heir_of(bench, netlink)
         await heir.open_tunnel(PORT, tunnel, home=True)
         await heir.arm_port(PORT, "under", 1000)
         await heir.release_port(PORT, tunnel)

@@ -13,6 +13,7 @@ from pyroute2 import AsyncIPRoute
 
 from overland.dataplane.gates import Gates
 from overland.dataplane.gateway import Gateways
+from overland.dataplane.ila import Ila
 from overland.dataplane.linux import LinuxKernel
 from overland.dataplane.namespace import inside, path_of
 from overland.dataplane.nftables import Nftables
@@ -58,7 +59,7 @@ async def kernel(namespace: None) -> AsyncIterator[LinuxKernel]:
 def make(ip: AsyncIPRoute, nft: Nftables, taps: TapTable) -> LinuxKernel:
     nft.ensure()
     routers, gateways = Routers(ip, NAMESPACE), Gateways(ip, NAMESPACE)
-    return LinuxKernel(ip, nft, Gates(ip), taps, routers, gateways, 100)
+    return LinuxKernel(ip, nft, Gates(ip), taps, routers, gateways, Ila(ip), 100)
 
 
 def routed(tenants: int) -> NveIntent:

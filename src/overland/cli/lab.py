@@ -114,6 +114,7 @@ def _status(name: str) -> dict[str, Any]:
             "namespace": f"ovl-{name}-{host['name']}",
             "underlay_ipv4": host["underlay_ipv4"],
             "underlay_ipv6": host["underlay_ipv6"],
+            "locator": host["locator"],
             "ready": host["ready"],
         }
         for host in client.call("GET", "/v1/hosts")
@@ -265,7 +266,7 @@ def lab_guest_boot(client: Client, interfaces: list[dict[str, str]], append: str
 
 def _guest_words(index: int, interface: dict[str, str], network: dict[str, Any]) -> list[str]:
     """The interface's addresses, and in a routed network its gateways, as the guest reads them."""
-    routed = network.get("kind") == "l3"
+    routed = network.get("kind") in ("l3", "ila")
     addresses, gateways = [], []
     for family, whole in (("ipv4", "32"), ("ipv6", "128")):
         if interface.get(family) and network.get(family):

@@ -25,6 +25,7 @@ HOST_COLUMNS = (
     "drained",
     "underlay_ipv4",
     "underlay_ipv6",
+    "locator",
     "accelerator",
     "blockers",
 )
@@ -34,7 +35,10 @@ HOST_COLUMNS = (
 def network_create(
     name: str,
     vni: Annotated[int, typer.Option(help="VXLAN identifier, 1 to 16777215")],
-    kind: Annotated[str, typer.Option(help="l2, or l3: routed, a gateway on every host")] = "l2",
+    kind: Annotated[
+        str,
+        typer.Option(help="l2; l3: routed, a gateway on every host; ila: IPv6, routed, no tunnels"),
+    ] = "l2",
     ipv4: Annotated[str | None, typer.Option(help="subnet")] = None,
     ipv6: Annotated[str | None, typer.Option(help="subnet")] = None,
     mtu: Annotated[int, typer.Option(help="what tenants may use, in bytes")] = 1500,

@@ -20,9 +20,15 @@ from overland.dataplane.gates import Gates
 from overland.dataplane.gateway import Gateways
 from overland.dataplane.handover import LinuxHandoverPath
 from overland.dataplane.hold import Injectors
+from overland.dataplane.ila import Ila
 from overland.dataplane.linux import LinuxKernel
 from overland.dataplane.nftables import Nftables
-from overland.dataplane.preflight import blockers, kernel_blockers, underlay_mtu
+from overland.dataplane.preflight import (
+    blockers,
+    kernel_blockers,
+    underlay_device,
+    underlay_mtu,
+)
 from overland.dataplane.reach import answers
 from overland.dataplane.router import Routers
 from overland.dataplane.tap import TapTable
@@ -69,6 +75,7 @@ class Nve:
         injectors = Injectors()
         self._routers = Routers(ip, config.namespace_prefix)
         self._gateways = Gateways(ip, config.namespace_prefix)
+        self._ila = Ila(ip)
         self._taps = taps
         run_dir = Path(config.run_dir)
         self._images = Images(Path(config.disk_dir or run_dir / "disks"), run_dir / "images")
@@ -76,14 +83,17 @@ class Nve:
         tls_dir = credentials(run_dir / "tls", *map(Path, pems))
         self._hypervisor = QemuHypervisor(run_dir, taps, self._images, tls_dir, config.qemu)
         self._agent = Agent(
-            LinuxKernel(ip, nft, gates, taps, self._routers, self._gateways, config.hold_frames),
+            LinuxKernel(
+                *(ip, nft, gates, taps, self._routers, self._gateways, self._ila),
+                config.hold_frames,
+            ),
             lambda port: announce(port, injectors.into(port.device, mark=0), taps.fd(port.port)),
         )
         self._handovers = Handovers(
             config.host,
             self._hypervisor,
             self._images,
-            LinuxHandoverPath(ip, gates, taps, injectors),
+            LinuxHandoverPath(ip, gates, taps, injectors, self._ila),
             self._agent,
             self._say,
             config.hold_frames,
@@ -113,6 +123,9 @@ class Nve:
         self._link = WireClient(config.nva, context, self._hello, self._heard)
 
     async def run(self) -> None:
+        if self._config.locator is not None:
+            device = await underlay_device(self._config.underlay_ipv6)
+            await self._ila.start(self._config.locator, device)
         for name in await self._hypervisor.find():
             self._states[name] = await self._hypervisor.state(name) or "crashed"
         self._states |= dict.fromkeys(await self._hypervisor.saved(), "suspended")
@@ -136,6 +149,7 @@ class Nve:
             name=config.host,
             underlay_ipv4=config.underlay_ipv4,
             underlay_ipv6=config.underlay_ipv6,
+            locator=config.locator,
             underlay_mtu=await underlay_mtu(config.underlay_ipv4 or config.underlay_ipv6),
             memory_total_mib=config.memory_mib or _memory_mib(),
             blockers=(*blockers(), *await kernel_blockers()),

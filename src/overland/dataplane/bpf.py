@@ -8,17 +8,23 @@ what we wrote before it ever runs.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import struct
+from collections.abc import Iterator
 
 from overland.ports import KernelFailure
 
 _SYSCALL = {"x86_64": 321, "aarch64": 280}
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _PROG_LOAD = 0, 1, 2, 3, 5
+_MAP_LOOKUP_BATCH, _BATCH = 24, 4096
 _PROG_GET_FD_BY_ID, _MAP_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD = 13, 14, 15
 _PROG_TYPE_SCHED_CLS = 3
 HASH, ARRAY = 1, 2
+GROWING = 1
+"""A map that takes memory for what it holds (BPF_F_NO_PREALLOC), not for what it could hold."""
+
 _LOG_BYTES = 1 << 16
 
 R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10 = range(11)
@@ -28,12 +34,16 @@ LD_MAP_FD = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _bpf(command: int, attributes: bytes, what: str) -> int:
+def _number() -> int:
     number = _SYSCALL.get(platform.machine())
     if number is None:
         raise KernelFailure(f"no bpf(2) number known for {platform.machine()}")
+    return number
+
+
+def _bpf(command: int, attributes: bytes, what: str) -> int:
     buffer = ctypes.create_string_buffer(attributes, len(attributes))
-    result = int(_libc.syscall(number, command, buffer, len(attributes)))
+    result = int(_libc.syscall(_number(), command, buffer, len(attributes)))
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{what}: {os.strerror(code)}")
@@ -49,9 +59,11 @@ class Map:
         self.value_bytes = value_bytes
 
     @classmethod
-    def create(cls, kind: int, key_bytes: int, value_bytes: int, entries: int, name: str) -> Map:
+    def create(
+        cls, kind: int, key_bytes: int, value_bytes: int, entries: int, name: str, flags: int = 0
+    ) -> Map:
         attributes = struct.pack(
-            "<IIIIIII16s", kind, key_bytes, value_bytes, entries, 0, 0, 0, name.encode()[:15]
+            "<IIIIIII16s", kind, key_bytes, value_bytes, entries, flags, 0, 0, name.encode()[:15]
         )
         return cls(_bpf(_MAP_CREATE, attributes, "BPF map"), key_bytes, value_bytes)
 
@@ -79,8 +91,45 @@ class Map:
         except FileNotFoundError:
             return
 
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """All entries, in no order; what changes meanwhile may or may not be among them."""
+        keys = ctypes.create_string_buffer(self.key_bytes * _BATCH)
+        values = ctypes.create_string_buffer(self.value_bytes * _BATCH)
+        here, next_ = ctypes.c_uint32(), ctypes.c_uint32()
+        begun = False
+        while True:
+            request = struct.pack(
+                "<QQQQIIQQ",
+                ctypes.addressof(here) if begun else 0,
+                ctypes.addressof(next_),
+                ctypes.addressof(keys),
+                ctypes.addressof(values),
+                _BATCH,
+                self.fd,
+                0,
+                0,
+            )
+            buffer = ctypes.create_string_buffer(request, len(request))
+            last = _libc.syscall(_number(), _MAP_LOOKUP_BATCH, buffer, len(request)) < 0
+            if last and ctypes.get_errno() != errno.ENOENT:
+                code = ctypes.get_errno()
+                raise OSError(code, f"BPF map listing: {os.strerror(code)}")
+            count = struct.unpack_from("<I", buffer, 32)[0]
+            yield from zip(
+                _cut(keys.raw, self.key_bytes, count),
+                _cut(values.raw, self.value_bytes, count),
+                strict=True,
+            )
+            if last:
+                return
+            here.value, begun = next_.value, True
+
     def close(self) -> None:
         os.close(self.fd)
+
+
+def _cut(raw: bytes, size: int, count: int) -> Iterator[bytes]:
+    return (raw[at * size : (at + 1) * size] for at in range(count))
 
 
 def load_classifier(instructions: bytes, name: str) -> int:
@@ -183,6 +232,12 @@ class Code:
     def map_fd(self, dst: int, fd: int) -> None:
         self._emit(0x18, dst, LD_MAP_FD, 0, fd)
         self._emit(0, 0, 0, 0, 0)
+
+    def constant(self, dst: int, value: int) -> None:
+        """A 64-bit one, written as eight bytes."""
+        low, high = struct.unpack("<ii", value.to_bytes(8, "little"))
+        self._emit(0x18, dst, 0, 0, low)
+        self._emit(0, 0, 0, 0, high)
 
     def jump(self, what: str, dst: int, immediate: int, to: str) -> None:
         self._jumps[len(self._words)] = to

@@ -61,8 +61,17 @@ MARK = 0x6F766C64
 TUNNEL_MARK = MARK + 1
 """skb->mark of frames that the tunnel brings to the new NVE: they wait like all others."""
 
+PATH_MARK = MARK + 2
+"""skb->mark of path frames that came in without an Ethernet header of their own (ILA)."""
+
 PATH_FRAME = 0x88B5
 """EtherType of our path frames (IEEE 802 local experimental 1): never for a tenant."""
+
+PATH_LABEL = 0x60088B55
+"""How they begin where there is no Ethernet header (ILA): IPv6 and a flow label of our own."""
+
+PATH_PROTOCOL = 254
+"""Their next header there (RFC 3692: for experiments)."""
 
 _PATH_FRAME_BE = int.from_bytes(PATH_FRAME.to_bytes(2, "big"), "little")
 
@@ -71,6 +80,9 @@ DROP_BROADCAST, UNICAST_ONLY = 1, 2
 
 _SKB_MARK, _SKB_PROTOCOL, _SKB_INGRESS, _SKB_DATA, _SKB_DATA_END = 8, 16, 36, 76, 80
 _TC_OK, _TC_SHOT = 0, 2
+_TC_NEXT = -1
+"""Go on with the next program at this place, if there is one."""
+
 _MAP_LOOKUP, _KTIME, _REDIRECT = 1, 5, 23
 _PASSED, _HELD, _REDIRECTED, _DROPPED = 0, 8, 16, 24
 _DETOURED, _LAST_DETOURED, _FIRST_PASSED, _FIRST_LOCAL = 32, 40, 48, 56
@@ -148,9 +160,11 @@ def gate_program(kind: GateKind, control_fd: int, counters_fd: int) -> bytes:
     code.jump("eq", R1, FLOW, "flow")
 
     code.label("pass")
-    if kind == "port":
-        _drop_path_frames(code)
     code.load(W, R1, R10, -16)
+    if kind == "port":
+        code.jump("eq", R1, PATH_MARK, "shot")
+        _drop_path_frames(code)
+        code.load(W, R1, R10, -16)
     code.jump("eq", R1, TUNNEL_MARK, "tunnelled")
     code.jump("eq", R9, 0, "unicast")
     code.load(W, R1, R8, 12)
@@ -219,9 +233,11 @@ def gate_program(kind: GateKind, control_fd: int, counters_fd: int) -> bytes:
 
     code.label("no_entry")
     if kind == "port":
+        code.load(W, R1, R10, -16)
+        code.jump("eq", R1, PATH_MARK, "shot")
         _drop_path_frames(code)
     code.label("pass_uncounted")
-    code.alu("mov", R0, _TC_OK)
+    code.alu("mov", R0, _TC_NEXT)
     code.exit()
     return code.assemble()
 
@@ -243,6 +259,8 @@ def tunnel_program(port_index: int, mark: int) -> bytes:
     """At the ingress of a handover tunnel: everything goes to one port, path frames end here."""
     code = Code()
     code.alu_reg("mov", R6, R1)
+    code.load(W, R1, R6, _SKB_MARK)
+    code.jump("eq", R1, PATH_MARK, "shot")
     _drop_path_frames(code)
     code.alu("mov", R1, mark)
     code.store(W, R6, _SKB_MARK, R1)
@@ -338,8 +356,19 @@ class Gate:
         self._counters.close()
 
 
-async def attach(ip: AsyncIPRoute, index: int, parent: int, program_fd: int, name: str) -> None:
-    """Put a classifier at ingress or egress of device `index`, in place of one that is there."""
+GATE_TURN = 1
+"""The first program at a place; the others come after it, in the order of their turns."""
+
+
+async def attach(
+    ip: AsyncIPRoute,
+    index: int,
+    parent: int,
+    program_fd: int,
+    name: str,
+    turn: int = GATE_TURN,
+) -> None:
+    """Put a classifier at ingress or egress of device `index`, in place of one of that turn."""
     await ip.tc(
         "replace-filter",
         "bpf",
@@ -349,15 +378,19 @@ async def attach(ip: AsyncIPRoute, index: int, parent: int, program_fd: int, nam
         parent=parent,
         direct_action=True,
         protocol=_ALL_PROTOCOLS,
-        prio=1,
+        prio=turn,
         handle=1,
     )
 
 
-async def attached_program(ip: AsyncIPRoute, index: int, parent: int) -> int | None:
+async def attached_program(
+    ip: AsyncIPRoute, index: int, parent: int, turn: int = GATE_TURN
+) -> int | None:
     """Id of our program at ingress or egress of device `index`, or None."""
     async for message in await ip.get_filters(index=index, parent=parent):
         options = message.get_attr("TCA_OPTIONS")
+        if message["info"] >> 16 != turn:
+            continue
         if options is not None and options.get_attr("TCA_BPF_ID"):
             return int(options.get_attr("TCA_BPF_ID"))
     return None

@@ -32,6 +32,7 @@ from overland.dataplane.gate import (
 )
 from overland.dataplane.gates import Gates
 from overland.dataplane.hold import PLUG, HoldQueue, Injector, Injectors, rescue
+from overland.dataplane.ila import Ila
 from overland.dataplane.tap import TapTable, read_frames, ring_empty, vnet_header_bytes
 from overland.model.handover import MovingPort
 from overland.model.names import bridge_name, hold_name, mark, tunnel_name, vni_of
@@ -102,12 +103,13 @@ class LinuxHandoverPath:
     """The moving parts of one host's data path. `taps` are the descriptors of its VM taps."""
 
     def __init__(
-        self, ip: AsyncIPRoute, gates: Gates, taps: TapTable, injectors: Injectors
+        self, ip: AsyncIPRoute, gates: Gates, taps: TapTable, injectors: Injectors, ila: Ila
     ) -> None:
         self._ip = ip
         self._gates = gates
         self._taps = taps
         self._injectors = injectors
+        self._ila = ila
         self._waiting: dict[tuple[str, str | None], _Waiting] = {}
         self._responders: dict[str, pathframe.Responder] = {}
 
@@ -115,6 +117,17 @@ class LinuxHandoverPath:
 
     async def open_tunnel(self, port: str, tunnel: Tunnel, *, home: bool) -> None:
         name = tunnel_name(tunnel.number)
+        if tunnel.address is not None:
+            await self._ila.open_tunnel(name, tunnel)
+        else:
+            await self._encapsulate(name, tunnel)
+        silence(name)
+        await self._set_link(name, ifalias=mark("tunnel", port))
+        await self._gates.to_port(name, port, MARK if home else TUNNEL_MARK)
+        self._respond_on(name)
+        await self._set_link(name, state="up")
+
+    async def _encapsulate(self, name: str, tunnel: Tunnel) -> None:
         family = "6" if ":" in tunnel.remote else ""
         try:
             await self._ip.link(
@@ -131,15 +144,12 @@ class LinuxHandoverPath:
         except NetlinkError as error:
             if error.code != errno.EEXIST:
                 raise KernelFailure(f"tunnel to {tunnel.remote}: {error}") from None
-        silence(name)
-        await self._set_link(name, ifalias=mark("tunnel", port))
-        await self._gates.to_port(name, port, MARK if home else TUNNEL_MARK)
-        self._respond_on(name)
-        await self._set_link(name, state="up")
 
     async def close_tunnel(self, port: str, tunnel: Tunnel) -> None:
         name = tunnel_name(tunnel.number)
         self._silent(name)
+        if tunnel.address is not None:
+            self._ila.close_tunnel(tunnel)
         await self._delete(name)
 
     async def count_tunnel(self, tunnel: Tunnel) -> tuple[int, int]:
@@ -240,7 +250,8 @@ class LinuxHandoverPath:
         with pathframe.Asker(remote) as asker:
             self._stop_forwarding(device, mac)
             gate.change(mac, mode=HOLD)
-            marker = asker.frame(pathframe.MARKER, bytes.fromhex(mac.replace(":", "")))
+            to = self._ila.address(device, mac) if self._ila.has(device) else None
+            marker = asker.frame(pathframe.MARKER, bytes.fromhex(mac.replace(":", "")), to)
             proved = False
             while not proved and time.monotonic() < began_s + timeout_s:
                 self._injectors.into(device).send(marker)
@@ -279,9 +290,14 @@ class LinuxHandoverPath:
         return await self._count(device, mac, "peer")
 
     async def cross(self, device: str, remote: str, timeout_s: float) -> float:
+        if self._ila.has(device):
+            out = self._injectors.into(device)
+            vni = vni_of(device)
+            return await pathframe.probe_locator(device, vni, out.send, remote, timeout_s)
         return await pathframe.probe(device, vni_of(device), remote, timeout_s)
 
     async def sweep(self, ports: frozenset[MovingPort]) -> None:
+        self._ila.sweep_tunnels({port.tunnel for port in ports if port.ila})
         kept = {tunnel_name(port.tunnel) for port in ports}
         kept |= {hold_name(port.port, "") for port in ports}
         kept |= {hold_name(port.device, port.mac) for port in ports}
@@ -384,6 +400,9 @@ class LinuxHandoverPath:
 
     async def _entry(self, device: str, mac: str, remote: str) -> None:
         """Frames leaving `device` for `mac` go to NVE `remote`: one atomic replacement."""
+        if self._ila.has(device):
+            self._ila.turn(device, mac, remote)
+            return
         try:
             await self._ip.fdb(
                 "replace",

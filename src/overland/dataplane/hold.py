@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from overland.dataplane.devices import device_counts, interface_index
 from overland.dataplane.gate import MARK, PATH_FRAME
+from overland.dataplane.pathframe import is_path_frame
 from overland.dataplane.tap import open_tap, read_frames, set_queue_length
 from overland.ports import KernelFailure
 
@@ -108,7 +109,7 @@ class HoldQueue:
         taken = 0
         for frame in read_frames(self.fd):
             taken += 1
-            if path_frames or frame[12:14] != _PATH_FRAME:
+            if path_frames or not is_path_frame(frame):
                 send(frame)
         return taken
 

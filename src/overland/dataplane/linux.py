@@ -16,22 +16,25 @@ from typing import Any
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from overland.dataplane import endpoint, gateway, router
+from overland.dataplane import endpoint, gateway, ila, router
 from overland.dataplane.devices import answer_only, interface_index, silence
 from overland.dataplane.gates import Gates
 from overland.dataplane.gateway import Gateways
+from overland.dataplane.ila import Ila
 from overland.dataplane.nftables import Nftables
 from overland.dataplane.router import Routers
 from overland.dataplane.tap import TapTable
-from overland.model.names import default_mac, is_ours
+from overland.model.names import default_mac, is_ours, vni_of
 from overland.model.nve import (
     FLOOD,
     BridgeEntry,
     DefaultRoute,
     HostRoute,
+    IdentifierEntry,
     InTransit,
     KernelState,
     Link,
+    LocatorEntry,
     Muted,
     Neighbour,
     Op,
@@ -43,8 +46,11 @@ from overland.model.nve import (
 from overland.ports import KernelFailure
 
 VXLAN_PORT = 4789
-_KINDS = {"bridge": "bridge", "vxlan": "vxlan", "tun": "tap", "veth": "veth"}
-_OURS = ("bridge", "vxlan", "router", "gateway", "leg", "port")
+_KINDS = {"bridge": "bridge", "vxlan": "vxlan", "ifb": "ila", "tun": "tap", "veth": "veth"}
+_OURS = ("bridge", "vxlan", "ila", "router", "gateway", "leg", "port")
+_CARRIERS = ("vxlan", "ila")
+"""Behind these ports of a bridge are the other NVEs."""
+
 _BY_MARK = ("router", "gateway", "leg")
 """To the kernel they are veth pairs like an endpoint's."""
 
@@ -65,6 +71,7 @@ class LinuxKernel:
         taps: TapTable,
         routers: Routers,
         gateways: Gateways,
+        ila: Ila,
         queue_frames: int,
     ) -> None:
         self._ip = ip
@@ -73,15 +80,19 @@ class LinuxKernel:
         self._taps = taps
         self._routers = routers
         self._gateways = gateways
+        self._ila = ila
         self._queue_frames = queue_frames
 
     # ------------------------------------------------------------ reading back
 
     async def snapshot(self) -> KernelState:
-        links, names = await _links(self._ip, self._nft.routed())
+        found, names = await _links(self._ip, self._nft.routed())
+        links = [link for link in found if self._whole(link)]
         bridges = {link.name for link in links if link.kind == "bridge"}
         vxlans = {link.name for link in links if link.kind == "vxlan"}
         bridge_entries, tunnel_entries = await self._entries(names, bridges, vxlans)
+        translating = {link.name for link in links if link.kind == "ila"}
+        entered = list(self._ila.entries(translating))
         inside = await self._routers.entries([e.name for e in links if e.kind == "router"])
         # A port whose router cannot be entered is as good as gone, with all that leads to it.
         lost = {link.name for link in links if link.kind == "router"} - inside.keys()
@@ -90,6 +101,8 @@ class LinuxKernel:
             links=frozenset(link for link in links if link.name not in lost),
             bridge_entries=frozenset(e for e in bridge_entries if e.port not in lost),
             tunnel_entries=frozenset(tunnel_entries),
+            locator_entries=frozenset(e for e in entered if isinstance(e, LocatorEntry)),
+            identifier_entries=frozenset(e for e in entered if isinstance(e, IdentifierEntry)),
             neighbours=frozenset(await self._neighbours(names, bridges)),
             router_neighbours=frozenset(e for e in routed if isinstance(e, RouterNeighbour)),
             host_routes=frozenset(e for e in routed if isinstance(e, HostRoute)),
@@ -100,6 +113,10 @@ class LinuxKernel:
                 InTransit(port=port, mac=mac) for port, mac in self._nft.in_transit()
             ),
         )
+
+    def _whole(self, link: Link) -> bool:
+        """Not the rest of a crash, which is made again."""
+        return link.kind != "ila" or self._ila.has(link.name)
 
     async def _entries(
         self, names: dict[int, str], bridges: set[str], vxlans: set[str]
@@ -166,6 +183,8 @@ class LinuxKernel:
                 await self._fdb(
                     verb, device, mac, dst=remote, flags=_NTF_SELF, state=_NUD_PERMANENT
                 )
+            case LocatorEntry() | IdentifierEntry() as entry:
+                self._ila.put(entry)
             case Neighbour(bridge=bridge, address=address, mac=mac):
                 await self._ip.neigh(
                     "replace",
@@ -201,12 +220,16 @@ class LinuxKernel:
                 self._gates.forget(index)
                 if op.fact.kind == "gateway":
                     await self._gateways.remove(name)
+                elif op.fact.kind == "ila":
+                    await self._ila.remove(name)
                 else:
                     await self._ip.link("del", index=index)
             case BridgeEntry(mac=mac, port=port):
                 await self._fdb("del", port, mac, flags=_NTF_MASTER)
             case TunnelEntry(device=device, mac=mac, remote=remote):
                 await self._fdb("del", device, mac, dst=remote, flags=_NTF_SELF)
+            case LocatorEntry() | IdentifierEntry() as entry:
+                self._ila.take(entry)
             case Neighbour(bridge=bridge, address=address):
                 await self._ip.neigh("del", ifindex=interface_index(bridge), dst=address)
             case Passage() as passage:
@@ -248,13 +271,15 @@ class LinuxKernel:
         if link.kind in _TENANTS:
             (self._nft.route if link.routed else self._nft.unroute)(link.name)
             await self._gates.ensure(link.name, "port")
-        elif link.kind == "vxlan":
+        elif link.kind in _CARRIERS:
             await self._gates.ensure(link.name, "peer")
         if link.kind not in ("bridge", "leg"):  # the outside's bridge has manners of its own
             await self._ip.brport("set", index=index, learning=0, **_manners(link))
         await self._ip.link("set", index=index, state="up")
         if link.kind == "leg":
             await self._gateways.announce(link)
+        if link.kind == "ila":
+            self._ila.enter(link)
 
     async def _make(self, link: Link) -> None:
         match link.kind:
@@ -281,6 +306,8 @@ class LinuxKernel:
                     vxlan_ttl=64,
                     **{f"vxlan_local{family}": link.local},
                 )
+            case "ila":
+                await self._ila.make(link)
             case "router":
                 await self._routers.make(link)
             case "tap":
@@ -302,18 +329,18 @@ def _manners(link: Link) -> dict[str, int]:
         "unicast_flood": int(not link.routed and link.kind != "router"),
         "mcast_flood": many,
         "bcast_flood": many,
-        "isolated": int(link.routed and link.kind != "vxlan"),
+        "isolated": int(link.routed and link.kind not in _CARRIERS),
     }
 
 
 def _is_routed(name: str, kind: str, port: Any, routed: set[str]) -> bool:
     """Tell whether all is so that a port speaks with the router only."""
-    if port is None or kind not in ("vxlan", *_TENANTS):
+    if port is None or kind not in (*_CARRIERS, *_TENANTS):
         return False
     flags = ("UNICAST_FLOOD", "MCAST_FLOOD", "BCAST_FLOOD")
     closed = not any(port.get_attr(f"IFLA_BRPORT_{flag}") for flag in flags)
     apart = bool(port.get_attr("IFLA_BRPORT_ISOLATED")) and name in routed
-    return closed and (apart or kind == "vxlan")
+    return closed and (apart or kind in _CARRIERS)
 
 
 async def _links(ip: AsyncIPRoute, routed: set[str]) -> tuple[list[Link], dict[int, str]]:
@@ -344,6 +371,8 @@ def _read_link(message: Any, names: dict[int, str], routed: set[str]) -> Link | 
         data = info.get_attr("IFLA_INFO_DATA")
         fields["vni"] = data.get_attr("IFLA_VXLAN_ID")
         fields["local"] = data.get_attr("IFLA_VXLAN_LOCAL") or data.get_attr("IFLA_VXLAN_LOCAL6")
+    if kind == "ila":
+        fields |= ila.from_alias(alias) | {"vni": vni_of(name)}
     if kind == "veth":
         fields |= endpoint.from_alias(alias)
     if kind in ("gateway", "leg"):

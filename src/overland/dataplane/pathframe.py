@@ -16,9 +16,11 @@ import secrets
 import socket
 import struct
 import time
+from collections.abc import Callable
 
 from overland.dataplane.devices import mtu_of
-from overland.dataplane.gate import PATH_FRAME
+from overland.dataplane.gate import PATH_FRAME, PATH_LABEL, PATH_PROTOCOL
+from overland.model.ila import of_nve
 from overland.ports import KernelFailure
 
 VERSION = 1
@@ -29,6 +31,7 @@ VXLAN_PORT = 4789
 ANSWER = b"overland-answer\x01"
 
 _HEAD = struct.Struct("!BB16s16sH")
+_IPV6, _IPV6_TYPE, _HOP_LIMIT = struct.Struct("!IHBB16s16s"), b"\x86\xdd", 64
 _ETHERNET_BYTES = 14
 _VXLAN_FLAGS = 0x08000000
 _ETH_P_ALL = 3
@@ -45,10 +48,40 @@ def question(kind: int, nonce: bytes, asker: str, port: int, to: bytes) -> bytes
     return (to + PROBE_MAC + PATH_FRAME.to_bytes(2, "big") + head).ljust(60, b"\0")
 
 
+def packet(kind: int, nonce: bytes, asker: str, port: int, to: bytes, address: str) -> bytes:
+    """The same question to IPv6 `address`, for VNs that carry no Ethernet header (ILA)."""
+    frame = question(kind, nonce, asker, port, to)
+    body = frame[_ETHERNET_BYTES:]
+    own = ipaddress.ip_address(asker)
+    head = _IPV6.pack(
+        PATH_LABEL,
+        len(body),
+        PATH_PROTOCOL,
+        _HOP_LIMIT,
+        own.packed if own.version == 6 else bytes(16),
+        ipaddress.IPv6Address(address).packed,
+    )
+    return frame[:12] + _IPV6_TYPE + head + body
+
+
+def is_path_frame(frame: bytes) -> bool:
+    """Tell whether `frame` is of either form."""
+    return _body(frame) is not None
+
+
+def _body(frame: bytes) -> bytes | None:
+    if frame[12:14] == PATH_FRAME.to_bytes(2, "big"):
+        return frame[_ETHERNET_BYTES:]
+    inside = frame[12:18] == _IPV6_TYPE + PATH_LABEL.to_bytes(4, "big")
+    if inside and frame[20:21] == bytes((PATH_PROTOCOL,)):
+        return frame[_ETHERNET_BYTES + _IPV6.size :]
+    return None
+
+
 def read_question(frame: bytes) -> tuple[bytes, str, int] | None:
     """(nonce, asker's address, port) of a question; None for anything else."""
-    body = frame[_ETHERNET_BYTES:]
-    if frame[12:14] != PATH_FRAME.to_bytes(2, "big") or len(body) < _HEAD.size:
+    body = _body(frame)
+    if body is None or len(body) < _HEAD.size:
         return None
     version, kind, nonce, packed, port = _HEAD.unpack_from(body)
     if version != VERSION or kind & 0x7F not in (PROBE, MARKER) or port == 0:
@@ -61,14 +94,24 @@ class _Filter(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
+_CLASSIC = (
+    (0x28, 0, 0, 12),  # the EtherType
+    (0x15, 5, 0, PATH_FRAME),
+    (0x15, 0, 5, 0x86DD),
+    (0x20, 0, 0, 14),  # how the IPv6 header begins
+    (0x15, 0, 3, PATH_LABEL),
+    (0x30, 0, 0, 20),  # its next header
+    (0x15, 0, 1, PATH_PROTOCOL),
+    (0x06, 0, 0, 0xFFFF),
+    (0x06, 0, 0, 0),
+)
+
+
 def _only_path_frames() -> tuple[_Filter, ctypes.Array[ctypes.c_char]]:
-    """Classic BPF: keep frames of our EtherType, so tenants' traffic is never copied to us."""
-    code = b"".join(
-        struct.pack("HBBI", *each)
-        for each in ((0x28, 0, 0, 12), (0x15, 0, 1, PATH_FRAME), (0x06, 0, 0, 0xFFFF), (6, 0, 0, 0))
-    )
+    """Classic BPF: keep path frames, so tenants' traffic is never copied to us."""
+    code = b"".join(struct.pack("HBBI", *each) for each in _CLASSIC)
     kept = ctypes.create_string_buffer(code, len(code))
-    return _Filter(4, ctypes.addressof(kept)), kept
+    return _Filter(len(_CLASSIC), ctypes.addressof(kept)), kept
 
 
 class Responder:
@@ -121,7 +164,10 @@ class Asker:
         self.port = self._sock.getsockname()[1]
         self.nonce = secrets.token_bytes(NONCE_BYTES)
 
-    def frame(self, kind: int, to: bytes) -> bytes:
+    def frame(self, kind: int, to: bytes, address: str | None = None) -> bytes:
+        """A question to MAC `to`; with `address`, as an IPv6 packet to it."""
+        if address is not None:
+            return packet(kind, self.nonce, self.address, self.port, to, address)
         return question(kind, self.nonce, self.address, self.port, to)
 
     async def answered(self, timeout_s: float) -> bool:
@@ -143,6 +189,29 @@ class Asker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+async def probe_locator(
+    device: str, vni: int, send: Callable[[bytes], None], remote: str, timeout_s: float
+) -> float:
+    """`send` a full-size packet out of ILA `device` to NVE `remote` in VN `vni`.
+
+    It is as large as the VN allows. The round trip in seconds; KernelFailure when no answer comes.
+    """
+    with Asker(remote) as asker:
+        frame = asker.frame(PROBE, PROBE_MAC, of_nve(remote, vni))
+        frame = _grown(frame, mtu_of(device) + _ETHERNET_BYTES)
+        began_s = time.monotonic()
+        for _attempt in range(3):
+            send(frame)
+            if await asker.answered(timeout_s / 3):
+                return time.monotonic() - began_s
+    raise KernelFailure(f"no packet of {mtu_of(device)} bytes reaches the locator of {remote}")
+
+
+def _grown(frame: bytes, size: int) -> bytes:
+    length = (size - _ETHERNET_BYTES - _IPV6.size).to_bytes(2, "big")
+    return (frame[:18] + length + frame[20:]).ljust(size, b"\0")
 
 
 async def probe(device: str, vni: int, remote: str, timeout_s: float) -> float:

@@ -37,8 +37,13 @@ async def kernel_blockers() -> list[str]:
 
 async def underlay_mtu(address: str | None) -> int:
     """MTU in bytes of the device that carries `address`; KernelFailure when none does."""
+    return mtu_of(await underlay_device(address))
+
+
+async def underlay_device(address: str | None) -> str:
+    """The device that carries `address`; KernelFailure when none does."""
     async with AsyncIPRoute() as ip:
         async for message in await ip.get_addr():
             if message.get_attr("IFA_ADDRESS") == address:
-                return mtu_of(socket.if_indextoname(message["index"]))
+                return socket.if_indextoname(message["index"])
     raise KernelFailure(f"no device here has the underlay address {address}")

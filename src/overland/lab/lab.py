@@ -53,6 +53,7 @@ def up(lab: Topology) -> dict[str, Any]:
         shutil.rmtree(lab.folder, ignore_errors=True)
         lab.folder.mkdir(parents=True)
         _namespaces(lab)
+        _locators(lab)
         _keep_home(lab)
         _certificates(lab)
         apis = _start(lab)
@@ -91,6 +92,16 @@ def _namespaces(lab: Topology) -> None:
             "link set underlay up",
             f"addr add {host.underlay_ipv4}/24 dev underlay",
             f"addr add {host.underlay_ipv6}/64 dev underlay nodad",
+            namespace=host.namespace,
+        )
+
+
+def _locators(lab: Topology) -> None:
+    """What a routing protocol would do in a real underlay: each locator leads to its host."""
+    for host in lab.hosts:
+        others = (each for each in lab.hosts if each != host)
+        ip(
+            *(f"route add {each.locator} via {each.underlay_ipv6}" for each in others),
             namespace=host.namespace,
         )
 
@@ -138,6 +149,7 @@ def nve_config(lab: Topology, host: LabHost) -> Path:
         f'host = "{host.name}"\n'
         f"nva = {json.dumps([nvas])}\n"
         f'underlay_ipv4 = "{host.underlay_ipv4}"\nunderlay_ipv6 = "{host.underlay_ipv6}"\n'
+        f'locator = "{host.locator}"\n'
         f'run_dir = "{lab.folder}/run/{host.name}"\n'
         f'namespace_prefix = "{host.namespace}"\n'
         f'disk_dir = "{lab.folder}/run/{host.name}/disks"\n'

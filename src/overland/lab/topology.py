@@ -15,12 +15,13 @@ WIRE_PORT = 6640
 
 @dataclass(frozen=True, slots=True)
 class LabHost:
-    """One host: a network namespace with one underlay address of each family."""
+    """One host: a network namespace with one underlay address of each family, and a locator."""
 
     name: str
     namespace: str
     underlay_ipv4: str
     underlay_ipv6: str
+    locator: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ def topology(name: str, hosts: int, nvas: int = 1) -> Topology:
             namespace=f"ovl-{name}-{called}",
             underlay_ipv4=f"10.200.0.{number}",
             underlay_ipv6=f"fd00:200::{number:x}",
+            locator=f"2001:db8:a:{number:x}::/64",
         )
 
     return Topology(

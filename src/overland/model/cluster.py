@@ -53,13 +53,14 @@ class Host(Record, frozen=True, kw_only=True):
     `connected_ns`: when its NVE said Hello (CLOCK_REALTIME), 0 while it is not connected.
     `answers`: its kernel is known to answer others on the underlay, so silence means something.
     `pauses_by` names what lets a connection pause while its VM moves hot; empty: cold moves only
-    (R-32). `blockers` are the NVE's own reasons why nothing can run there (no VXLAN, no QEMU, not
-    root).
+    (R-32). `locator` is the /64 that leads to it in VNs of kind `ila`. `blockers` are the NVE's own
+    reasons why nothing can run there (no VXLAN, no QEMU, not root).
     """
 
     name: str
     underlay_ipv4: str | None = None
     underlay_ipv6: str | None = None
+    locator: str | None = None
     underlay_mtu: int = 1500
     memory_total_mib: int = 0
     memory_free_mib: int = 0

@@ -130,7 +130,8 @@ class MovingPort(Record, frozen=True, kw_only=True):
 
     `port` is the tap's name, the same on both hosts; `device` the VN's VXLAN device. Addresses
     `old` and `new` are underlay addresses. `tunnel` is the handover tunnel's identifier. `routed`:
-    the VN is no broadcast domain, so there is nobody to announce the interface to.
+    the VN is no broadcast domain, so there is nobody to announce the interface to. `ila`: packets
+    to `ipv6` are translated, in the tunnel as well.
     """
 
     network: str
@@ -146,6 +147,7 @@ class MovingPort(Record, frozen=True, kw_only=True):
     new: str
     tunnel: int
     routed: bool = False
+    ila: bool = False
 
 
 DiskChoice = Literal["declared", "shared", "moved", "left"]

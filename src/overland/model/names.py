@@ -130,6 +130,11 @@ def vxlan_name(vni: int) -> str:
     return f"ovx{vni}"
 
 
+def ila_name(vni: int) -> str:
+    """Kernel name of the device by which frames leave an ILA VN, on any NVE."""
+    return f"ovi{vni}"
+
+
 def port_name(owner: str, index: int) -> str:
     """Kernel name of the tap or veth behind interface `index` of `owner`; the same on every NVE."""
     return f"ovt{_digest(owner, index)}"
@@ -181,5 +186,5 @@ def is_ours(alias: str | None) -> bool:
 
 
 def vni_of(device: str) -> int:
-    """The VNI in the kernel name of a VN's VXLAN device, bridge, router port, gateway or leg."""
+    """The VNI in the kernel name of a VN's device, bridge, router port, gateway or leg."""
     return int(device[3:])

@@ -55,6 +55,9 @@ class RemoteIntent(Record, frozen=True, kw_only=True):
 class VnIntent(Record, frozen=True, kw_only=True):
     """One VN on this NVE. `members` are underlay addresses of the other NVEs in it (N-08).
 
+    `ila`: packets are translated, not encapsulated; then `local`, `members` and each remote's
+    `nve` are the NVEs' own addresses in their locators.
+
     `gateways` are the addresses of the router of a routed VN with the prefix length of its subnet
     (10.42.0.1/24), the same on every NVE; a VN without any is a broadcast domain. `allowed` are
     the VNIs of routed VNs whose tenants its own may talk with.
@@ -65,6 +68,7 @@ class VnIntent(Record, frozen=True, kw_only=True):
     mtu: int
     underlay: Family
     local: str
+    ila: bool = False
     gateways: tuple[str, ...] = ()
     allowed: tuple[int, ...] = ()
     ipv4_prefix: int = 24
@@ -109,7 +113,8 @@ class NveIntent(Record, frozen=True, kw_only=True):
 class Link(Record, frozen=True, kw_only=True):
     """A network device of ours. Attributes a kind does not have stay None.
 
-    `kind`: bridge, vxlan, router, tap, veth, gateway, leg. `alias` carries our mark.
+    `kind`: bridge, vxlan, ila, router, tap, veth, gateway, leg. `alias` carries our mark. Of kind
+    `ila` is the port by which frames leave a VN untunnelled; its `gateways` is the SIR prefix.
     `namespace`/`peer_*` describe the inner end of an endpoint's or gateway's veth. A router is the
     bridge port before a namespace of its own; `gateways` are the addresses in there. A gateway is
     the port before another one, and its leg, whose `gateways` are the next routers, leads out of
@@ -118,7 +123,7 @@ class Link(Record, frozen=True, kw_only=True):
     """
 
     name: str
-    kind: Literal["bridge", "vxlan", "router", "tap", "veth", "gateway", "leg"]
+    kind: Literal["bridge", "vxlan", "ila", "router", "tap", "veth", "gateway", "leg"]
     alias: str
     mtu: int
     master: str | None = None
@@ -147,6 +152,24 @@ class TunnelEntry(Record, frozen=True, kw_only=True):
     device: str
     mac: str
     remote: str
+
+
+class LocatorEntry(Record, frozen=True, kw_only=True):
+    """Frames leaving ILA `device` for `mac` go to tenant `address` in the locator of `remote`."""
+
+    device: str
+    mac: str
+    address: str
+    remote: str
+
+
+class IdentifierEntry(Record, frozen=True, kw_only=True):
+    """What comes to tenant `address` in the locator of `local` enters the VN of `device`."""
+
+    device: str
+    mac: str
+    address: str
+    local: str
 
 
 class Neighbour(Record, frozen=True, kw_only=True):
@@ -216,6 +239,8 @@ Fact = (
     Link
     | BridgeEntry
     | TunnelEntry
+    | LocatorEntry
+    | IdentifierEntry
     | Neighbour
     | RouterNeighbour
     | HostRoute
@@ -232,6 +257,8 @@ class KernelState(Record, frozen=True, kw_only=True):
     links: frozenset[Link] = frozenset()
     bridge_entries: frozenset[BridgeEntry] = frozenset()
     tunnel_entries: frozenset[TunnelEntry] = frozenset()
+    locator_entries: frozenset[LocatorEntry] = frozenset()
+    identifier_entries: frozenset[IdentifierEntry] = frozenset()
     neighbours: frozenset[Neighbour] = frozenset()
     router_neighbours: frozenset[RouterNeighbour] = frozenset()
     host_routes: frozenset[HostRoute] = frozenset()

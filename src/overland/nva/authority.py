@@ -37,7 +37,7 @@ from overland.model.eligibility import (
 )
 from overland.model.forecast import Forecast
 from overland.model.handover import ENDED, Handover, MovingPort, Options, PhaseAt, is_up
-from overland.model.names import port_name, vxlan_name
+from overland.model.names import ila_name, port_name, vxlan_name
 from overland.nva import eligibility, rules, storage
 from overland.nva.cluster import Cluster
 from overland.nva.gateways import chosen, gateway_blockers, removal_blockers
@@ -145,6 +145,8 @@ class Authority:
     # ------------------------------------------------------------ networks
 
     async def create_network(self, wish: Network) -> Network:
+        if wish.kind == "ila":  # which has no outer header: its locators are of this family
+            wish = msgspec.structs.replace(wish, underlay="ipv6")
         async with self._lock:
             _stop_if(rules.network_blockers(self.cluster, wish))
             await self._write({f"network/{wish.name}": wish})
@@ -212,11 +214,8 @@ class Authority:
         return (
             before is None
             or before.dead
-            or (before.underlay_ipv4, before.underlay_ipv6)
-            != (
-                host.underlay_ipv4,
-                host.underlay_ipv6,
-            )
+            or (before.underlay_ipv4, before.underlay_ipv6, before.locator)
+            != (host.underlay_ipv4, host.underlay_ipv6, host.locator)
         )
 
     def host_changed(self, name: str, **facts: int) -> None:
@@ -302,7 +301,7 @@ class Authority:
             vm = self._vm(name)
             faces = {each.network: each for each in vm.interfaces}
             before = faces.get(network, Interface(network=network, mac=""))
-            wish = msgspec.structs.replace(before, **changes)
+            wish = rules.written(msgspec.structs.replace(before, **changes))
             point = self.recovery_point(name)
             _stop_if(rules.address_blockers(self.cluster, name, wish, point))
             interfaces = tuple(wish if each == before else each for each in vm.interfaces)
@@ -603,7 +602,7 @@ class Authority:
         return MovingPort(
             network=network.name,
             vni=network.vni,
-            device=vxlan_name(network.vni),
+            device=(ila_name if network.kind == "ila" else vxlan_name)(network.vni),
             port=port_name(vm.name, index),
             mac=interface.mac,
             ipv4=interface.ipv4,
@@ -613,7 +612,8 @@ class Authority:
             old=old,
             new=new,
             tunnel=self._tunnel_number(index),
-            routed=network.kind == "l3",
+            routed=network.kind != "l2",
+            ila=network.kind == "ila",
         )
 
     def _tunnel_number(self, index: int) -> int:

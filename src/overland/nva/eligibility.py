@@ -37,10 +37,12 @@ def lacking(network: Network, host: Host) -> str | None:
 
     A kind of VN is one line here.
     """
+    there = underlay_address(host, network) is not None
     match network.kind:
         case "l2" | "l3":
-            there = underlay_address(host, network) is not None
             return None if there else f"host {host.name} has no {network.underlay} underlay address"
+        case "ila":
+            return None if there else f"host {host.name} has no locator"
         case _:
             return f"nothing keeps addresses in networks of kind {network.kind}"
 

@@ -37,7 +37,7 @@ def gateway_blockers(cluster: Cluster, wish: Gateway) -> Iterator[Refused]:
     if network is None:
         return
     if network.kind != "l3":
-        why = f"network {network.name} is {network.kind}: only a routed network has a gateway"
+        why = f"network {network.name} is {network.kind}: only one of kind l3 has a gateway"
         hint = "`overland network create --kind l3`"
         yield Refused(code="not_routed", what=what, why=why, hint=hint)
     there = cluster.gateways.get(wish.network)

@@ -15,19 +15,22 @@ from typing import Literal
 
 from overland.model.cluster import Host, Network
 from overland.model.handover import Marking, committed
+from overland.model.ila import own_address
 from overland.model.names import gateway_of
 from overland.model.nve import RemoteIntent, TsiIntent, VnChange, VnIntent
 from overland.nva.cluster import Cluster, Tsi
 
 
 def underlay_address(host: Host, network: Network) -> str | None:
-    """The host's address in the family that `network` is carried over."""
+    """The host's address in the family that `network` is carried over; for ILA in its locator."""
+    if network.kind == "ila":
+        return own_address(host.locator) if host.locator else None
     return host.underlay_ipv4 if network.underlay == "ipv4" else host.underlay_ipv6
 
 
 def gateways(network: Network) -> tuple[str, ...]:
     """The addresses of the router of a routed VN, each with its prefix length; none of an L2 VN."""
-    if network.kind != "l3":
+    if network.kind == "l2":
         return ()
     return tuple(gateway_of(subnet) for subnet in (network.ipv4, network.ipv6) if subnet)
 
@@ -79,6 +82,7 @@ class VnView:
             mtu=network.mtu,
             underlay=network.underlay,
             local=self._addresses[host],
+            ila=network.kind == "ila",
             gateways=gateways(network),
             allowed=self.allowed,
             ipv4_prefix=_prefix(network.ipv4, 24),

@@ -6,6 +6,8 @@ import contextlib
 import ipaddress
 from collections.abc import Iterator
 
+import msgspec
+
 from overland.mobility.coordinator import keeper
 from overland.model.cluster import (
     Endpoint,
@@ -18,6 +20,7 @@ from overland.model.cluster import (
 )
 from overland.model.forecast import Forecast
 from overland.model.handover import Handover, Options, is_up
+from overland.model.ila import identifier, tenants
 from overland.model.names import (
     GATEWAY_MAC,
     OVERHEAD_BYTES,
@@ -30,6 +33,7 @@ from overland.model.names import (
 )
 from overland.nva.cluster import AT_REST, Cluster
 from overland.nva.eligibility import eligibility_blockers
+from overland.nva.identifiers import identifier_blockers, identifiers, ila_network_blockers
 from overland.nva.mapping import gateways, underlay_address
 
 RESERVE_MIB = 32
@@ -62,9 +66,8 @@ def network_blockers(cluster: Cluster, wish: Network) -> Iterator[Refused]:
             check()
         except ValueError as error:
             yield _no("malformed", what, str(error))
-    if wish.kind not in ("l2", "l3"):
-        why = f"kind {wish.kind} is not built yet"
-        yield _no("unsupported_kind", what, why, "use --kind l2 or l3")
+    if wish.kind == "ila":
+        yield from ila_network_blockers(cluster, wish)
     if wish.kind == "l3":
         yield from _no_room_for_a_gateway(wish)
     if not 1280 <= wish.mtu <= 65000:
@@ -94,13 +97,16 @@ def _no_room_for_a_gateway(wish: Network) -> Iterator[Refused]:
 
 
 def _too_small(host: Host, network: Network) -> Iterator[Refused]:
-    need = network.mtu + OVERHEAD_BYTES[network.underlay]
+    if network.kind == "ila" and host.locator is None:
+        return  # it has no part in the VN
+    overhead = 0 if network.kind == "ila" else OVERHEAD_BYTES[network.underlay]
+    need = network.mtu + overhead
     if host.underlay_mtu < need:
         yield _no(
             "mtu_too_small",
             f"network {network.name}",
             f"host {host.name} has an underlay MTU of {host.underlay_mtu}, {need} is needed",
-            f"raise it, or use --mtu {host.underlay_mtu - OVERHEAD_BYTES[network.underlay]}",
+            f"raise it, or use --mtu {host.underlay_mtu - overhead}",
         )
 
 
@@ -142,6 +148,7 @@ def completed(cluster: Cluster, owner: str, index: int, wish: Interface) -> Inte
     """Return `wish` with what was left open chosen: MAC from the name, first free addresses."""
     network = cluster.networks.get(wish.network)
     mac = wish.mac or default_mac(owner, index)
+    wish = written(wish)
     if network is None:
         return Interface(network=wish.network, mac=mac, ipv4=wish.ipv4, ipv6=wish.ipv6)
     return Interface(
@@ -150,6 +157,20 @@ def completed(cluster: Cluster, owner: str, index: int, wish: Interface) -> Inte
         ipv4=wish.ipv4 or _free(cluster, network, network.ipv4),
         ipv6=wish.ipv6 or _free(cluster, network, network.ipv6),
     )
+
+
+def written(wish: Interface) -> Interface:
+    """Return `wish` with its addresses as kernels write them, or they never have what is wanted.
+
+    What is no address stays as it is, to be refused.
+    """
+    return msgspec.structs.replace(wish, ipv4=_address(wish.ipv4), ipv6=_address(wish.ipv6))
+
+
+def _address(text: str | None) -> str | None:
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(text)) if text else None
+    return text
 
 
 def _free(cluster: Cluster, network: Network, subnet: str | None) -> str | None:
@@ -161,6 +182,9 @@ def _free(cluster: Cluster, network: Network, subnet: str | None) -> str | None:
         if tsi.interface.network == network.name
         for address in (tsi.interface.ipv4, tsi.interface.ipv6)
     }
+    if network.kind == "ila":
+        known = identifiers(cluster)
+        return next(each for each in tenants(subnet) if identifier(each) not in known)
     hosts = iter(ipaddress.ip_network(subnet).hosts())
     next(hosts)  # the first is the gateway's
     return next((str(address) for address in hosts if str(address) not in taken), None)
@@ -190,7 +214,7 @@ def _address_blockers(
             if address is None:
                 continue
             parse_address(address, family)
-            if subnet is None and network.kind == "l3":
+            if subnet is None and network.kind != "l2":
                 why = f"{address}: network {network.name} has no IPv{family} subnet"
                 yield _no("address_outside", owner, why, "leave it out")
             if subnet and ipaddress.ip_address(address) not in ipaddress.ip_network(subnet):
@@ -199,8 +223,10 @@ def _address_blockers(
     except ValueError as error:
         yield _no("malformed", owner, str(error))
         return
-    if network.kind == "l3":
+    if network.kind != "l2":
         yield from _routed_blockers(owner, network, interface)
+    if network.kind == "ila":
+        yield from identifier_blockers(cluster, owner, network, interface)
     for tsi in cluster.tsis():
         itself = (tsi.owner, tsi.interface.mac) == (owner, interface.mac)
         if tsi.interface.network != network.name or itself:
@@ -280,6 +306,8 @@ def endpoint_blockers(cluster: Cluster, wish: Endpoint) -> Iterator[Refused]:
     yield from _names_taken(cluster, wish.name, "endpoint")
     yield from host_blockers(cluster, wish.host)
     yield from interface_blockers(cluster, wish.name, (wish.interface,))
+    if wish.host in cluster.hosts:
+        yield from _reach(cluster, cluster.hosts[wish.host], (wish.interface,))
 
 
 def free_memory_mib(cluster: Cluster, host: Host) -> int:
@@ -306,12 +334,20 @@ def _fits(cluster: Cluster, host: Host, vm: Vm) -> Iterator[Refused]:
         )
 
 
+def no_underlay(host: Host, network: Network) -> Refused:
+    """Nothing of `network` can be on `host`, for want of an address there."""
+    what = f"network {network.name}"
+    if network.kind == "ila":
+        hint = "give it one (`locator` in its NVE's configuration)"
+        return _no("no_locator", what, f"host {host.name} has no locator", hint)
+    return _no("no_underlay", what, f"host {host.name} has no {network.underlay} underlay address")
+
+
 def _reach(cluster: Cluster, host: Host, interfaces: tuple[Interface, ...]) -> Iterator[Refused]:
     """What keeps a VN of these interfaces, or one it may talk with (N-15), from being on `host`."""
     for network in _near(cluster, interfaces):
         if underlay_address(host, network) is None:
-            why = f"host {host.name} has no {network.underlay} underlay address"
-            yield _no("no_underlay", f"network {network.name}", why)
+            yield no_underlay(host, network)
         yield from _too_small(host, network)
 
 

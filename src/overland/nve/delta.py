@@ -15,9 +15,11 @@ from overland.model.nve import (
     DefaultRoute,
     Fact,
     HostRoute,
+    IdentifierEntry,
     InTransit,
     KernelState,
     Link,
+    LocatorEntry,
     Muted,
     Neighbour,
     Op,
@@ -26,7 +28,16 @@ from overland.model.nve import (
     TunnelEntry,
 )
 
-_LINK_ORDER = {"bridge": 0, "vxlan": 1, "router": 2, "tap": 3, "veth": 3, "gateway": 3, "leg": 4}
+_LINK_ORDER = {
+    "bridge": 0,
+    "vxlan": 1,
+    "ila": 1,
+    "router": 2,
+    "tap": 3,
+    "veth": 3,
+    "gateway": 3,
+    "leg": 4,
+}
 
 
 def delta(desired: KernelState, actual: KernelState) -> tuple[Op, ...]:
@@ -43,6 +54,8 @@ def _facts(state: KernelState) -> frozenset[Fact]:
         frozenset[Fact](state.links)
         | state.bridge_entries
         | state.tunnel_entries
+        | state.locator_entries
+        | state.identifier_entries
         | state.neighbours
         | state.router_neighbours
         | state.host_routes
@@ -53,7 +66,7 @@ def _facts(state: KernelState) -> frozenset[Fact]:
     )
 
 
-def _slot(fact: Fact) -> Hashable:
+def _slot(fact: Fact) -> Hashable:  # noqa: C901 - one row for each kind of fact
     """Two facts with the same slot cannot both be: putting one replaces the other."""
     match fact:
         case Link(name=name):
@@ -62,8 +75,10 @@ def _slot(fact: Fact) -> Hashable:
             return ("bridge", bridge, mac)
         case TunnelEntry(device=device, mac=mac, remote=remote) if mac == FLOOD:
             return ("flood", device, remote)
-        case TunnelEntry(device=device, mac=mac):
+        case TunnelEntry(device=device, mac=mac) | LocatorEntry(device=device, mac=mac):
             return ("tunnel", device, mac)
+        case IdentifierEntry(address=address, local=local):
+            return ("identifier", address, local)
         case Neighbour(bridge=bridge, address=address):
             return ("neighbour", bridge, address)
         case RouterNeighbour(router=router, address=address):
@@ -90,8 +105,10 @@ def _put_order(op: Op) -> tuple[int, int, str]:
             return (0, 1, port + mac)
         case Link(kind=kind, name=name):
             return (1, _LINK_ORDER[kind], name)
-        case TunnelEntry(device=device, mac=mac):
+        case TunnelEntry(device=device, mac=mac) | LocatorEntry(device=device, mac=mac):
             return (2, 0, device + mac)
+        case IdentifierEntry(device=device, mac=mac):
+            return (2, 1, device + mac)
         case BridgeEntry(bridge=bridge, mac=mac):
             return (3, 0, bridge + mac)
         case Neighbour(bridge=bridge, address=address):
@@ -124,8 +141,10 @@ def _remove_order(op: Op) -> tuple[int, int, str]:
             return (3, 0, bridge + address)
         case BridgeEntry(bridge=bridge, mac=mac):
             return (4, 0, bridge + mac)
-        case TunnelEntry(device=device, mac=mac):
+        case TunnelEntry(device=device, mac=mac) | LocatorEntry(device=device, mac=mac):
             return (5, 0, device + mac)
+        case IdentifierEntry(device=device, mac=mac):
+            return (5, 1, device + mac)
         case Link(kind=kind, name=name):
             return (6, -_LINK_ORDER[kind], name)
         case InTransit(port=port, mac=mac):

@@ -414,6 +414,8 @@ class _Performer:
             local=port.new if new else port.old,
             remote=port.old if new else port.new,
             mtu=port.mtu,
+            mac=port.mac,
+            address=port.ipv6 if port.ila else None,
         )
 
     async def _MakeTunnel(self, _: m.Do) -> None:

@@ -64,11 +64,19 @@ def _keep_paths(desired: KernelState, actual: KernelState, moving: Moving) -> Ke
     entries |= {e for e in actual.bridge_entries if ours(e.bridge, e.mac)}
     tunnels = {e for e in desired.tunnel_entries if not ours(e.device, e.mac)}
     tunnels |= {e for e in actual.tunnel_entries if ours(e.device, e.mac)}
+    locators = {e for e in desired.locator_entries if not ours(e.device, e.mac)}
+    locators |= {e for e in actual.locator_entries if ours(e.device, e.mac)}
+    # What is wanted here too: the new NVE takes in from the first what is sent to it.
+    identifiers = desired.identifier_entries | {
+        e for e in actual.identifier_entries if ours(e.device, e.mac)
+    }
     muted = {m for m in desired.muted if m.port != moving.port}
     muted |= {m for m in actual.muted if m.port == moving.port}
     return msgspec.structs.replace(
         desired,
         bridge_entries=frozenset(entries),
         tunnel_entries=frozenset(tunnels),
+        locator_entries=frozenset(locators),
+        identifier_entries=identifiers,
         muted=frozenset(muted),
     )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterator
 from ipaddress import ip_interface
 from itertools import product
+from typing import Literal
 
 from overland.model.names import (
     GATEWAY_MAC,
     ROUTER_MTU_BYTES,
     bridge_name,
     gateway_name,
+    ila_name,
     leg_name,
     mark,
     port_name,
@@ -23,9 +26,11 @@ from overland.model.nve import (
     DefaultRoute,
     Fact,
     HostRoute,
+    IdentifierEntry,
     InTransit,
     KernelState,
     Link,
+    LocatorEntry,
     Muted,
     Neighbour,
     NveIntent,
@@ -46,6 +51,8 @@ def render(intent: NveIntent) -> KernelState:
         links=frozenset(f for f in facts if isinstance(f, Link)),
         bridge_entries=frozenset(f for f in facts if isinstance(f, BridgeEntry)),
         tunnel_entries=frozenset(f for f in facts if isinstance(f, TunnelEntry)),
+        locator_entries=frozenset(f for f in facts if isinstance(f, LocatorEntry)),
+        identifier_entries=frozenset(f for f in facts if isinstance(f, IdentifierEntry)),
         neighbours=frozenset(f for f in facts if isinstance(f, Neighbour)),
         router_neighbours=frozenset(f for f in facts if isinstance(f, RouterNeighbour)),
         host_routes=frozenset(f for f in facts if isinstance(f, HostRoute)),
@@ -57,24 +64,17 @@ def render(intent: NveIntent) -> KernelState:
 
 
 def _vn(vn: VnIntent) -> Iterator[Fact]:
-    bridge, vxlan = bridge_name(vn.vni), vxlan_name(vn.vni)
+    bridge, device = bridge_name(vn.vni), _device(vn)
     routed = bool(vn.gateways)
     yield Link(name=bridge, kind="bridge", alias=mark("bridge", vn.network), mtu=vn.mtu)
-    yield Link(
-        name=vxlan,
-        kind="vxlan",
-        alias=mark("vxlan", vn.network),
-        mtu=vn.mtu,
-        master=bridge,
-        vni=vn.vni,
-        local=vn.local,
-        routed=routed,
-    )
-    yield from _router(vn, bridge) if routed else _broadcast(vn, vxlan)
+    yield _carrier(vn, bridge)
+    yield from _router(vn, bridge) if routed else _broadcast(vn, device)
     here = {tsi.mac for tsi in vn.tsis if tsi.state == "activated"}
     for tsi in vn.tsis:
         yield _port(vn, tsi, bridge)
         yield from _leg(vn, tsi)
+        if vn.ila and tsi.ipv6:
+            yield IdentifierEntry(device=device, mac=tsi.mac, address=tsi.ipv6, local=vn.local)
         if tsi.state == "activated":
             yield BridgeEntry(bridge=bridge, mac=tsi.mac, port=_name(vn, tsi))
             yield from _known(vn, tsi)
@@ -83,17 +83,49 @@ def _vn(vn: VnIntent) -> Iterator[Fact]:
     for remote in vn.remotes:
         # A TSI that is only associated here still lives behind the other NVE.
         if remote.mac not in here:
-            yield TunnelEntry(device=vxlan, mac=remote.mac, remote=remote.nve)
-            yield BridgeEntry(bridge=bridge, mac=remote.mac, port=vxlan)
+            yield from _place(vn, remote)
+            yield BridgeEntry(bridge=bridge, mac=remote.mac, port=device)
             yield from _known(vn, remote)
     yield from _in_transit(vn)
+
+
+def _device(vn: VnIntent) -> str:
+    """The port of the VN behind which all other NVEs are."""
+    return ila_name(vn.vni) if vn.ila else vxlan_name(vn.vni)
+
+
+def _carrier(vn: VnIntent, bridge: str) -> Link:
+    inside: tuple[str, ...] = (vn.network,)
+    if vn.ila:
+        prefixes = (str(ipaddress.ip_interface(gateway).network) for gateway in vn.gateways)
+        inside = (vn.network, vn.local, *prefixes)
+    kind: Literal["ila", "vxlan"] = "ila" if vn.ila else "vxlan"
+    return Link(
+        name=_device(vn),
+        kind=kind,
+        alias=mark(kind, " ".join(inside)),
+        mtu=vn.mtu,
+        master=bridge,
+        vni=vn.vni,
+        local=vn.local,
+        routed=bool(vn.gateways),
+        gateways=inside[2:],
+    )
+
+
+def _place(vn: VnIntent, remote: RemoteIntent) -> Iterator[Fact]:
+    device = _device(vn)
+    if not vn.ila:
+        yield TunnelEntry(device=device, mac=remote.mac, remote=remote.nve)
+    elif remote.ipv6:
+        yield LocatorEntry(device=device, mac=remote.mac, address=remote.ipv6, remote=remote.nve)
 
 
 def _in_transit(vn: VnIntent) -> Iterator[InTransit]:
     """At every port of the VN: its tenants' own, the router's, and where other NVEs come in."""
     macs = {tsi.mac for tsi in vn.tsis if tsi.in_transit}
     macs |= {remote.mac for remote in vn.remotes if remote.in_transit}
-    ports = [vxlan_name(vn.vni), *(_name(vn, tsi) for tsi in vn.tsis)]
+    ports = [_device(vn), *(_name(vn, tsi) for tsi in vn.tsis)]
     if vn.gateways:
         ports.append(router_name(vn.vni))
     for mac in macs:
@@ -101,9 +133,9 @@ def _in_transit(vn: VnIntent) -> Iterator[InTransit]:
             yield InTransit(port=port, mac=mac)
 
 
-def _broadcast(vn: VnIntent, vxlan: str) -> Iterator[Fact]:
+def _broadcast(vn: VnIntent, device: str) -> Iterator[Fact]:
     for member in vn.members:
-        yield TunnelEntry(device=vxlan, mac=FLOOD, remote=member)
+        yield TunnelEntry(device=device, mac=FLOOD, remote=member)
 
 
 def _router(vn: VnIntent, bridge: str) -> Iterator[Fact]:
