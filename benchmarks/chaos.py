@@ -67,10 +67,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--phases", default=",".join(PHASES))
     parser.add_argument("--faults", default="", help="only those whose name contains this")
+    parser.add_argument("--lab", default="chaos", help="its name: two may run side by side")
     parser.add_argument("--out", type=Path, default=Path("out/bench-chaos.json"))
     options = parser.parse_args()
     os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="chaos-")  # a context of our own
-    lab = Lab("chaos", small_disks=True)
+    lab = Lab(options.lab, small_disks=True)
     lab.up("ov.dirty=16,10")
     results = []
     try:
