@@ -283,9 +283,9 @@ def drop_kept(record: Handover) -> m.DropState:
 def farewells(record: Handover, vm: Vm | None) -> tuple[tuple[str, m.AnyOrder | m.ColdOrder], ...]:
     """What is said once a move has ended, to NVEs that may have missed the end (HO-57, HO-59).
 
-    Of a hot move to those who were given up, or have not said that they closed; of a cold one to the new NVE unless
-    it has said that the VM is as it must be, and to an old one that was given up. Those who are
-    away are told when they come back.
+    Of a hot move to those who were given up, or have not said that they closed. Of a cold one to
+    the new NVE, unless it has said that the VM is as it must be, and to an old one that was given
+    up. Those who are away are told when they come back.
     """
     if record.phase not in ENDED:
         return ()
