@@ -56,7 +56,7 @@ def prepare() -> None:
 def iperf(network: str, to: str, seconds: float, *more: str) -> dict[str, Any]:
     """One run from host 1 to host 2; iperf3's own report of its end."""
     at = ("ip", "netns", "exec")
-    server = [*at, f"ovl-{LAB}-e-{network}2", "iperf3", "-s", "-1"]
+    server = [*at, f"ovl-{LAB}-e-{network}2", "iperf3", "-s", "-1", "--forceflush"]
     client = [*at, f"ovl-{LAB}-e-{network}1", "iperf3", "-c", to, "-t", str(seconds), "-J", *more]
     with subprocess.Popen(server, stdout=subprocess.PIPE, text=True) as serving:
         assert serving.stdout is not None
