@@ -157,7 +157,9 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
         case "returned", GiveBack():
             return part, _said(part)
         case "awaiting" | "whole" | "activating" | "active", Broken(effect="SteerHere", why=why):
-            return part, (Say(report=Failed(move=part.move, nve=part.nve, step="steer", why=why)),)
+            said = Say(report=Failed(move=part.move, nve=part.nve, step="steer", why=why))
+            # What stood in line behind the turn went with its failure: above all the VM's own step.
+            return part, (said, *(_run(part) if part.stage == "activating" else ()))
         case "arming" | "awaiting" | "whole" | "activating", Broken(effect=effect, why=why):
             return failed(part, effect, why)
         case _:
@@ -255,7 +257,8 @@ def _said(part: Part) -> tuple[Do, ...]:
 
 def _resumed(part: Part) -> PartStep:
     """Take back what only the daemon held: readers of queues, sockets that answer."""
-    again = (*_AGAIN, *((_STEER,) if part.steered_ns else ()))
+    steer = (_STEER,) if part.steered_ns else ()
+    again = (*_AGAIN, *steer)
     match part.stage:
         case "arming":
             return failed(part, "prepare", RESTARTED)
@@ -264,7 +267,8 @@ def _resumed(part: Part) -> PartStep:
         case "whole" | "active":
             return part, (*again, *_said(part))
         case "activating":
-            return part, (*again, *_run(part))
+            # First of all the VM: perhaps nobody is left to answer a marker.
+            return part, (*_AGAIN, *_run(part), *steer)
         case "returning":
             return part, (*_own_copy(part), *_GIVE_BACK)
         case "closing":
