@@ -127,7 +127,7 @@ class Plain:
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         vm = msgspec.structs.replace(VM, boot=self.boot)
         command = qemu_command(
-            "qemu-system-x86_64", vm, "tcg", [0], folder, firmware=None, incoming=False
+            "qemu-system-x86_64", vm, "tcg", [0], folder, files=[], firmware=None, incoming=False
         )
         tap = "ifname=tap0,script=no,downscript=no"
         command = [word.replace("fd=0", tap) for word in command]
