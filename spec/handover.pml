@@ -173,6 +173,7 @@ active proctype nva() {
        crashes++;
        do :: up?said, nve :: empty(up) -> break od;
        forget();
+       if :: phase == paused -> turn_back() :: else fi; /* it may have turned back before (HO-68) */
        ask()
      }
   :: atomic { timeout -> ask() } /* a tick: nothing else can happen */

@@ -177,9 +177,14 @@ async def test_nobody_is_told_to_close_before_that_is_written() -> None:
     assert records.written[-1].closing
 
 
-@pytest.mark.parametrize("phase", ["precopy", "paused"])
-async def test_a_full_disk_aborts_the_move_and_says_so(phase: str) -> None:
-    """The VM is ordered back home although not a word can be written; the end is written late."""
+@pytest.mark.parametrize(
+    ("phase", "why"), [("precopy", "disk is full"), ("paused", "the NVA was restarted")]
+)
+async def test_a_full_disk_aborts_the_move_and_says_so(phase: str, why: str) -> None:
+    """The VM is ordered back home although not a word can be written; the end is written late.
+
+    HO-68: one whose VM has been stopped turns back with the restart itself.
+    """
     records = FullDisk()
     told: list[tuple[str, m.AnyOrder | m.ColdOrder]] = []
     moves = Handovers(records, lambda nve, order: told.append((nve, order)), lambda _: None)
@@ -188,7 +193,7 @@ async def test_a_full_disk_aborts_the_move_and_says_so(phase: str) -> None:
     await until(lambda: m.GiveBack in [type(order) for _, order in told])
     found = moves.record("m1")
     assert found is not None
-    assert "disk is full" in (found.reason or "")
+    assert why in (found.reason or "")
     moves.report(m.GivenBack(move="m1", nve=NEW))
     await until(lambda: m.Restore in [type(order) for _, order in told])
     moves.report(m.Restored(move="m1", nve=OLD))

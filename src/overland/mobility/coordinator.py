@@ -103,7 +103,7 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             waits = event.nve in record.waiting
             return record, _outstanding(record, event.nve) if waits else again
         case Start():
-            return _start(record, now_s)
+            return _start(record, now_s, now_ns)
         case Back(nve=nve):
             return _back(record, nve)
         case Prepared():
@@ -150,16 +150,20 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             assert_never(event)
 
 
-def _start(record: Handover, now_s: float) -> Step:
-    """Begin, or go on after a restart of the NVA: with fresh deadlines, as if all came back."""
+def _start(record: Handover, now_s: float, now_ns: int) -> Step:
+    """Begin, or go on after a restart of the NVA: with fresh deadlines, as if all came back.
+
+    But not from a stopped VM to the commit: the NVA that was killed may have turned the move back
+    and could not write that down. Then the VM runs at the old host, and a commit made two (HO-68).
+    """
+    if record.phase in ("paused", "equal"):
+        return _abort(record, "the NVA was restarted while the VM was stopped", now_s, now_ns)
     if record.phase == "planned" and not record.waiting:
         record = msgspec.structs.replace(record, waiting=frozenset(involved(record)))
     record = msgspec.structs.replace(record, deadline_s=now_s + _limit_s(record))
     effects: list[CoordinatorEffect] = []
     for nve in involved(record):
         effects.extend(_outstanding(record, nve))
-    if record.phase == "equal" and not record.options.verify:
-        effects.append(_commit(record))
     return record, tuple(effects)
 
 
@@ -653,7 +657,7 @@ def _tick(record: Handover, now_s: float, now_ns: int) -> Step:
             return _abort(record, "the new copy was not whole in time", now_s, now_ns)
         case "committed":
             # The new NVE has not said that the VM runs: until it does nobody knows.
-            return _start(msgspec.structs.replace(record, outcome="unknown"), now_s)
+            return _start(msgspec.structs.replace(record, outcome="unknown"), now_s, now_ns)
         case "drained" if not record.closing:
             # The guard has passed: what was launched into the tunnel has come out of it.
             return _close(record, now_s)
