@@ -115,7 +115,7 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             return part, (TakeDigest(),)
         case "whole", Done(effect="TakeDigest", text=sha256):
             return part, (Say(report=Digested(move=part.move, nve=part.nve, sha256=sha256)),)
-        case "arming", Activate(version=version):
+        case "arming" | "awaiting", Activate(version=version):
             # It had come further than its disk had room to say, and was restarted (HO-58). It has
             # steered, or there would be no commit; perhaps nobody is left to answer its marker.
             part = msgspec.structs.replace(part, version=version, failure=None)
