@@ -294,10 +294,17 @@ class Domain:
         """After the end of a cold move, what came of its VM at an NVE that had been given up."""
         state = state_since(record, self.authority.cluster.vms.get(record.vm.name), host, report)
         if isinstance(report, Restored) and host == record.old_nve:
-            self._later(self.authority.turned_back(record.id))
+            self._later(self._turned_back(record))
         if state is not None:
             reason = report.why if isinstance(report, Crashed) else None
             self._later(self._note_state(record.vm.name, state, reason))
+
+    async def _turned_back(self, record: Handover) -> None:
+        try:
+            await self.authority.turned_back(record.id)
+        except StoreFailure as failure:
+            # It is told once more when it comes back the next time, which does no harm.
+            log.error("move %s: %s", record.id, failure)
 
     async def _forget_kept(self, name: str) -> None:
         """The VM runs, or is gone for good: what another host kept of it is dropped."""
@@ -407,12 +414,12 @@ class Domain:
         while True:
             try:
                 await self.authority.vm_state(name, state, reason)
-                break
+                if self.authority.is_alive(name, state):
+                    await self._forget_kept(name)
+                return
             except StoreFailure as failure:
                 log.error("VM %s is %s: %s", name, state, failure)
                 await asyncio.sleep(RETRY_S)
-        if self.authority.is_alive(name, state):
-            await self._forget_kept(name)
 
     def _look_at(self, name: str) -> None:
         """Ask what there is of VM `name` on its host; a VmReport says it.
@@ -742,7 +749,7 @@ class Domain:
             return None, blockers
         options = self._as_borne(name, options)
         found = await self._gauged(self.authority.vm(name), to, options)
-        against = self.authority.latency_blockers(name, _live_mode(options), found)
+        against = self.authority.latency_blockers(name, options.mode, found)
         if found is not None:
             against += tuple(rules.forecast_blockers(name, found, options))
         return found, against
@@ -956,10 +963,6 @@ def _leadership(config: NvaConfig) -> Leadership | None:
 async def _notify(condition: asyncio.Condition) -> None:
     async with condition:
         condition.notify_all()
-
-
-def _live_mode(options: Options) -> str:
-    return "warm" if options.warm else "hot"
 
 
 def _refused(code: str, what: str, why: str) -> Refused:

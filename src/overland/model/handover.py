@@ -175,6 +175,11 @@ class Options(Record, frozen=True, kw_only=True):
         """Whether checkpoints are taken first."""
         return self.checkpoints > 0
 
+    @property
+    def mode(self) -> Literal["hot", "warm"]:
+        """How a running VM moves with these options, unless it moves cold."""
+        return "warm" if self.warm else "hot"
+
 
 class PhaseAt(Record, frozen=True, kw_only=True):
     """`at_ns` is CLOCK_REALTIME at the NVA when `phase` was entered."""

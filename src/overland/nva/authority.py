@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -548,12 +548,11 @@ class Authority:
                 else self.live_blockers(name, to, options)
             )
             vm = self._vm(name)
-            mode: Literal["hot", "warm"] = "warm" if options.warm else "hot"
             if not cold:
-                _stop_if(self.latency_blockers(name, mode, forecast))
+                _stop_if(self.latency_blockers(name, options.mode, forecast))
             record = msgspec.structs.replace(
                 self._planned(move_id, msgspec.structs.replace(vm, disks=disks), to, options),
-                mode=mode,
+                mode=options.mode,
                 forecast=forecast,
                 grounds=eligibility.grounds(self.cluster, vm, to, time.time_ns()),
             )

@@ -56,7 +56,7 @@ class SimHypervisor:
         self._ran = self.wakes = False
 
     def daemon_started(self) -> None:
-        """Of a process and a state beside it one is the VM (HO-54)."""
+        """Of a process and a state beside it one is the VM (HO-55)."""
         if self._host.copy == "running":
             self.saved = None
         elif self.saved is not None:

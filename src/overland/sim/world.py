@@ -738,9 +738,8 @@ class World:
     def _is_as_it_must(self, vm: SimHost, record: Handover) -> bool:
         """A hot move leaves the VM running; a cold one as it was, or asleep, and says so."""
         before = self.plan.cold or "running"
-        must = record.ends_as if record.outcome == "moved" and before != "running" else before
-        if record.mode == "cold" and record.outcome == "moved":
-            must = record.ends_as
+        moved_cold = record.mode == "cold" and record.outcome == "moved"
+        must = record.ends_as if moved_cold else before
         asleep = vm.copy == "none" and vm.hypervisor.saved == self.instant
         match must:
             case "running" | "paused":
