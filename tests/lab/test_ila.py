@@ -10,7 +10,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,8 +17,8 @@ from typing import Any
 import pytest
 
 from overland.dataplane.namespace import inside, path_of
+from tests.lab.command import ok, run, within
 
-OVERLAND = (sys.executable, "-m", "overland")
 LAB = "ovila"
 VM = "2001:db8:100:0:2000::1"
 GATEWAY = "2001:db8:100::1"
@@ -28,20 +27,9 @@ MTU, NARROW = 1600, 1400
 pytestmark = [pytest.mark.root, pytest.mark.qemu, pytest.mark.timeout(180)]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*OVERLAND, *arguments], capture_output=True, text=True, check=False)
-
-
-def ok(*arguments: str) -> Any:
-    done = run(*arguments)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout) if done.stdout.startswith(("{", "[")) else done.stdout
-
-
 def at(place: str, *command: str) -> subprocess.CompletedProcess[str]:
     """Run a command in a namespace of the lab."""
-    entered = ["ip", "netns", "exec", f"ovl-{LAB}-{place}", *command]
-    return subprocess.run(entered, capture_output=True, text=True, check=False)
+    return within(f"ovl-{LAB}-{place}", *command)
 
 
 def ip(place: str, line: str) -> None:

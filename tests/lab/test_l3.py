@@ -15,28 +15,17 @@ from typing import Any
 import pytest
 
 from overland.dataplane.namespace import inside, path_of
+from tests.lab.command import ok, run, within
 
-OVERLAND = (sys.executable, "-m", "overland")
 LAB = "ovl3"
 VM = {4: "10.42.0.50", 6: "fd42::50"}
 GATEWAY = {4: "10.42.0.1", 6: "fd42::1"}
 pytestmark = [pytest.mark.root, pytest.mark.qemu, pytest.mark.timeout(180)]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*OVERLAND, *arguments], capture_output=True, text=True, check=False)
-
-
-def ok(*arguments: str) -> Any:
-    done = run(*arguments)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout) if done.stdout.startswith(("{", "[")) else done.stdout
-
-
 def at(place: str, *command: str) -> subprocess.CompletedProcess[str]:
     """Run a command in a namespace of the lab."""
-    entered = ["ip", "netns", "exec", f"ovl-{LAB}-{place}", *command]
-    return subprocess.run(entered, capture_output=True, text=True, check=False)
+    return within(f"ovl-{LAB}-{place}", *command)
 
 
 def guest(command: str) -> str:

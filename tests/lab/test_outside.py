@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import socket
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from overland.dataplane.namespace import inside, path_of
+from overland.dataplane.namespace import path_of
+from tests.lab.command import ok, run, within
+from tests.lab.talk import Talk
 
-OVERLAND = (sys.executable, "-m", "overland")
 LAB = "ovout"
 VM = {4: "10.42.0.50", 6: "fd42::50"}
 ROUTER = {4: "10.42.0.1", 6: "fd42::1"}
@@ -27,20 +24,7 @@ OUTSIDE = f"ovl-{LAB}-e-outside"
 GATEWAY = f"ovl-{LAB}-h2-g77"
 pytestmark = [pytest.mark.root, pytest.mark.qemu, pytest.mark.timeout(180)]
 
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*OVERLAND, *arguments], capture_output=True, text=True, check=False)
-
-
-def ok(*arguments: str) -> Any:
-    done = run(*arguments)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout) if done.stdout.startswith(("{", "[")) else done.stdout
-
-
-def at(namespace: str, *command: str) -> subprocess.CompletedProcess[str]:
-    entered = ["ip", "netns", "exec", namespace, *command]
-    return subprocess.run(entered, capture_output=True, text=True, check=False)
+at = within
 
 
 def guest(command: str) -> str:
@@ -145,32 +129,6 @@ def test_nobody_outside_has_a_tenants_address(lab: None) -> None:
     at(OUTSIDE, "ip", "addr", "del", "10.42.0.99/32", "dev", "lo")
 
 
-class Talk(threading.Thread):
-    """One TCP connection from outside to the VM, with a question and its answer all the time."""
-
-    def __init__(self, family: int, port: int) -> None:
-        super().__init__()
-        with inside(path_of(OUTSIDE)):
-            self.socket = socket.create_connection((VM[family], port), timeout=20)
-        self.answers, self.over, self.failure = 0, threading.Event(), ""
-
-    def run(self) -> None:
-        try:
-            while not self.over.is_set():
-                question = f"{self.answers:08d}".encode()
-                self.socket.sendall(question)
-                answer = b""
-                while len(answer) < len(question):
-                    answer += self.socket.recv(100) or b"closed"
-                assert answer == question
-                self.answers += 1
-        except (OSError, AssertionError) as failure:
-            self.failure = repr(failure)
-
-    def ends(self) -> tuple[Any, Any]:
-        return self.socket.getsockname(), self.socket.getpeername()
-
-
 @pytest.mark.req("R-19")
 @pytest.mark.req("R-26")
 @pytest.mark.parametrize("family", [4, 6])
@@ -181,7 +139,7 @@ def test_a_connection_from_outside_goes_through_moves_to_every_host(lab: None, f
     """
     port = 7000 + family
     guest(f"nc -ll -p {port} -e cat > /dev/null 2>&1 & sleep 1")
-    talk = Talk(family, port)
+    talk = Talk(OUTSIDE, VM[family], port)
     seen = f"netstat -tn | grep :{port}"
     here, there = talk.ends(), guest(seen).split()[3:]
     routes = at(GATEWAY, "ip", "route").stdout + at(GATEWAY, "ip", "-6", "route").stdout

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
-import socket
 import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-from overland.dataplane.namespace import inside, path_of
 from overland.lab.topology import LABS
+from tests.lab.command import ok, run, within
+from tests.lab.talk import Talk
 
-OVERLAND = (sys.executable, "-m", "overland")
 LAB = "ovpol"
 VM = {4: "10.42.0.50", 6: "fd42::50"}
 FAR = {4: "10.43.0.2", 6: "fd43::2"}
@@ -26,19 +21,8 @@ GATEWAY = {4: "10.42.0.1", 6: "fd42::1"}
 pytestmark = [pytest.mark.root, pytest.mark.qemu, pytest.mark.timeout(180)]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*OVERLAND, *arguments], capture_output=True, text=True, check=False)
-
-
-def ok(*arguments: str) -> Any:
-    done = run(*arguments)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout) if done.stdout.startswith(("{", "[")) else done.stdout
-
-
 def at(place: str, *command: str) -> subprocess.CompletedProcess[str]:
-    entered = ["ip", "netns", "exec", f"ovl-{LAB}-{place}", *command]
-    return subprocess.run(entered, capture_output=True, text=True, check=False)
+    return within(f"ovl-{LAB}-{place}", *command)
 
 
 def guest(command: str) -> str:
@@ -145,32 +129,6 @@ def received(family: int) -> int:
     return int(dict(zip(names.split(), values.split(), strict=True))["InEchos"])
 
 
-class Talk(threading.Thread):
-    """One TCP connection from brown to the VM, with a question and its answer all the time."""
-
-    def __init__(self, family: int, port: int) -> None:
-        super().__init__()
-        with inside(path_of(f"ovl-{LAB}-e-b2")):
-            self.socket = socket.create_connection((VM[family], port), timeout=10)
-        self.answers, self.over, self.failure = 0, threading.Event(), ""
-
-    def run(self) -> None:
-        try:
-            while not self.over.is_set():
-                question = f"{self.answers:08d}".encode()
-                self.socket.sendall(question)
-                answer = b""
-                while len(answer) < len(question):
-                    answer += self.socket.recv(100) or b"closed"
-                assert answer == question
-                self.answers += 1
-        except (OSError, AssertionError) as failure:
-            self.failure = repr(failure)
-
-    def ends(self) -> tuple[Any, Any]:
-        return self.socket.getsockname(), self.socket.getpeername()
-
-
 @pytest.mark.req("N-15")
 @pytest.mark.req("R-26")
 @pytest.mark.req("R-30")
@@ -179,7 +137,7 @@ def test_what_is_allowed_goes_through_hot_moves_to_every_host(lab: None, family:
     """To a host that had neither network, and to the other tenant's own; nothing is lost."""
     port = 7000 + family
     guest(f"nc -ll -p {port} -e cat > /dev/null 2>&1 & sleep 1")
-    talk = Talk(family, port)
+    talk = Talk(f"ovl-{LAB}-e-b2", VM[family], port)
     seen = f"netstat -tn | grep :{talk.socket.getsockname()[1]}"
     here, there = talk.ends(), guest(seen).split()[3:]
     pinging = subprocess.Popen(
@@ -187,7 +145,7 @@ def test_what_is_allowed_goes_through_hot_moves_to_every_host(lab: None, family:
         stdout=subprocess.PIPE,
         text=True,
     )
-    idle = Talk(family, port)
+    idle = Talk(f"ovl-{LAB}-e-b2", VM[family], port)
     talk.start()
     for to in ("h3", "h2", "h1"):
         before = talk.answers
