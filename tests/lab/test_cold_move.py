@@ -15,7 +15,8 @@ import pytest
 from overland.lab.topology import LABS
 from overland.model.handover import FORWARD
 from tests.lab.chaos import Lab
-from tests.lab.test_hot_move import ok, run, wait_for
+from tests.lab.command import ok, run
+from tests.lab.test_hot_move import wait_for
 
 LAB = "ovcold"
 RUN = LABS / LAB / "run"

@@ -18,20 +18,10 @@ import pytest
 
 from overland.lab.topology import LABS
 from overland.model.handover import FORWARD
+from tests.lab.command import ok, run
 
-OVERLAND = str(Path(sys.executable).parent / "overland")
 LAB = "ovtest"
 pytestmark = [pytest.mark.root, pytest.mark.qemu, pytest.mark.timeout(180)]
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([OVERLAND, *arguments], capture_output=True, text=True, check=False)
-
-
-def ok(*arguments: str) -> Any:
-    done = run(*arguments)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout) if done.stdout.startswith(("{", "[")) else done.stdout
 
 
 @pytest.fixture(scope="module")
