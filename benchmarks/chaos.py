@@ -58,6 +58,7 @@ def attempt(lab: Lab, phase: str, fault: Fault) -> dict[str, Any]:
         "reason": receipt["reason"],
         "stop_ms": receipt["vm_stop_ms"],
         "felt": lab.felt,
+        "hit": lab.hit,
         "seconds": round(time.monotonic() - began_s, 1),
         "violations": violations,
     }
