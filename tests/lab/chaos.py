@@ -507,12 +507,13 @@ def _post(url: str, wish: dict[str, Any]) -> Any:
 
 
 def _phase_at(receipt: dict[str, Any], at_ns: int) -> str:
-    """The phase of the move at an instant; the NVA's clock may have been set after that."""
-    reached = "planned"
+    """The phase of the move at an instant, after which the NVA's clock may have been set."""
+    reached, before_ns = "planned", 0.0
     for each in receipt["phases"]:
-        if datetime.fromisoformat(each["at"]).timestamp() * 1e9 > at_ns:
+        entered_ns = datetime.fromisoformat(each["at"]).timestamp() * 1e9
+        if not before_ns <= entered_ns <= at_ns:
             break
-        reached = each["phase"]
+        reached, before_ns = each["phase"], entered_ns
     return reached
 
 
