@@ -76,11 +76,9 @@ class ColdSteps:
         match order:
             case m.Associate():
                 await self._associate(order)
-                return m.Prepared(move=move, nve=nve)
+                return await self._await(order)
             case m.Suspend():
                 return await self._suspend(order)
-            case m.TakeState():
-                return await self._take(order)
             case m.GiveState():
                 return await self._give(order)
             case m.WakeUp() | m.DropState():
@@ -133,7 +131,8 @@ class ColdSteps:
         move, nve = order.move, self._nve
         return m.Stopped(move=move, nve=nve, held_ns=0, stop_ns=stop_ns, memory=memory)
 
-    async def _take(self, order: m.TakeState) -> m.Prepared:
+    async def _await(self, order: m.Associate) -> m.Prepared:
+        """From now on what is carried may come."""
         move, vm, uri = order.move, order.vm, ""
         if has_state(vm):
             uri = await self._hypervisor.take_state(move, self._address)
@@ -142,13 +141,18 @@ class ColdSteps:
 
     async def _give(self, order: m.GiveState) -> m.Received:
         """The disks as they are once nobody writes them any more."""
+        state = sent = 0
         if order.uri:
-            await self._hypervisor.give_state(order.vm.name, order.uri)
-        sent = 0
+            state = await self._hypervisor.give_state(order.vm.name, order.uri)
         for disk, uri in zip(moved_disks(order.vm), order.disks_uri.split(), strict=True):
             sent += await self._images.give(disk, uri)
-        storage = Storage(total_bytes=sent, sent_bytes=sent)
-        return m.Received(move=order.move, nve=self._nve, at_ns=self._now_ns(), storage=storage)
+        return m.Received(
+            move=order.move,
+            nve=self._nve,
+            at_ns=self._now_ns(),
+            state_bytes=state,
+            storage=Storage(total_bytes=sent, sent_bytes=sent),
+        )
 
     async def _wake(self, order: m.WakeUp | m.DropState) -> m.Running | m.Crashed:
         """Its interfaces are activated: the push that says so came before (HO-22)."""
