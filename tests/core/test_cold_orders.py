@@ -331,3 +331,20 @@ async def test_a_move_that_turns_back_drops_what_it_took() -> None:
     for _ in range(2):
         assert isinstance(await answer(new, at_new, order(m.DropCopy, WITH_DISK)), m.GivenBack)
         assert (new.images.own, new.images.brought, new.files) == (set(), {}, set())
+
+
+@pytest.mark.req("R-14")
+@pytest.mark.parametrize("last", [m.Return, m.DropCopy, m.Count])
+async def test_an_order_from_before_the_end_of_its_move_is_nothing(last: type[m.ColdOrder]) -> None:
+    """HO-69: what had been asked before the move turned back, and comes after that."""
+    host = FakeHost("running")
+    at = moves(host, OLD)
+    await answer(host, at, order(last))
+    here, files = host.here, set(host.files)
+    for late in (order(m.Associate), order(m.Suspend), order(m.GiveState, uri="u")):
+        at.order(late)
+    await asyncio.sleep(0)
+    await answer(host, at, order(m.Count))
+    assert (host.here, host.files, host.said.qsize()) == (here, files, 0)
+    other = msgspec.structs.replace(order(m.Suspend), move="m2")
+    assert isinstance(await answer(host, at, other), m.Stopped), "of another move it is an order"

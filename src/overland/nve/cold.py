@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol, assert_never
 
@@ -21,6 +22,9 @@ from overland.model.ticket import Seal, Ticket, ticket_refusal
 from overland.ports import Hypervisor, HypervisorFailure, Images, PortFailure
 
 log = logging.getLogger(__name__)
+
+REMEMBERED = 1000
+"""Moves of which an NVE knows that they end; of an older one no order is under way any more."""
 
 
 class Ground(Protocol):
@@ -60,6 +64,18 @@ class ColdSteps:
         self._opened = opened
         self._seen = seen
         self._now_ns = now_ns
+        self._ending: deque[str] = deque(maxlen=REMEMBERED)
+
+    def still(self, order: m.ColdOrder) -> bool:
+        """Whether `order` is to be carried out: not after one that ends its move here (HO-69).
+
+        A restarted daemon need not remember: late orders end with the connection.
+        """
+        if isinstance(order, m.Associate | m.Suspend | m.GiveState):
+            return order.move not in self._ending
+        if order.move not in self._ending:
+            self._ending.append(order.move)
+        return True
 
     async def carry_out(self, order: m.ColdOrder) -> m.AnyReport:
         """Do what `order` says, unless it is done already; what it came to, good or bad."""
@@ -221,6 +237,8 @@ class ColdMoves:
 
     def order(self, order: m.ColdOrder) -> None:
         """Begin `order`; its answer comes as a report. One that is under way goes on."""
+        if not self._steps.still(order):
+            return
         before = self._at_work.get(order.move)
         if before is not None:
             former, task = before
