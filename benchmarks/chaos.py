@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -35,6 +36,14 @@ FAULTS = (
 )
 
 
+EVIDENCE = Path("out/chaos")
+"""Logs of daemons and VMs after a fault that broke the contract."""
+
+
+def _no_logs(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if not (name.endswith(".log") or (Path(folder) / name).is_dir())]
+
+
 def attempt(lab: Lab, phase: str, fault: Fault) -> dict[str, Any]:
     """One fault in one move: what came of it."""
     began_s = time.monotonic()
@@ -48,7 +57,9 @@ def attempt(lab: Lab, phase: str, fault: Fault) -> dict[str, Any]:
     final = receipt["new_nve"] if receipt["outcome"] == "moved" else receipt["old_nve"]
     lives = not (fault.kind == "copy" and killed == final)
     violations = lab.violations(receipt, vm_lives=lives)
-    if not lives:
+    if violations:
+        shutil.copytree(lab.folder, EVIDENCE / f"{phase}-{fault}", ignore=_no_logs)
+    if not lives or ok("vm", "show", lab.vm, "-o", "json")["state"] != "running":
         ok("vm", "stop", lab.vm)
         ok("vm", "start", lab.vm)
     return {
@@ -58,6 +69,7 @@ def attempt(lab: Lab, phase: str, fault: Fault) -> dict[str, Any]:
         "reason": receipt["reason"],
         "stop_ms": receipt["vm_stop_ms"],
         "felt": lab.felt,
+        "hit": lab.hit,
         "seconds": round(time.monotonic() - began_s, 1),
         "violations": violations,
     }

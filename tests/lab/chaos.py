@@ -16,8 +16,11 @@ import sqlite3
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +76,15 @@ class Lab:
     number: int = 5
     nvas: int = 1
     small_disks: bool = False
-    """So that they can be filled; there is no room for the state of a VM on them."""
+    """So that they can be filled; then there is no room for the memory of a VM on them."""
     seen: list[str] = field(default_factory=list)
     """What was wrong while the last move went on: the VM sent from two hosts at once, or a record
     said what was not so.
     """
     felt: bool = True
-    """Whether the daemon noticed the last fault: its log says so of a full disk."""
+    """Whether the last fault was one: there was a copy to kill, a daemon noticed its full disk."""
+    hit: str = ""
+    """The phase in which the last fault came. Some last a few milliseconds."""
     disks: dict[str, SmallDisk] = field(default_factory=dict)
     clock: Clock | None = None
 
@@ -136,12 +141,15 @@ class Lab:
     @property
     def api(self) -> str:
         """Of the active NVA."""
-        return str(ok("lab", "status", "--name", self.name, "-o", "json")["api"])
+        return next(nva["api"] for nva in self._nvas() if labs.leads(nva["api"]))
 
     def leaders(self) -> list[str]:
         """Names of the NVAs that say they are active."""
-        nvas = json.loads((self.folder / "state.json").read_text())["nvas"]
-        return [nva["name"] for nva in nvas if labs.leads(nva["api"])]
+        return [nva["name"] for nva in self._nvas() if labs.leads(nva["api"])]
+
+    def _nvas(self) -> list[dict[str, str]]:
+        found: list[dict[str, str]] = json.loads((self.folder / "state.json").read_text())["nvas"]
+        return found
 
     def where(self) -> str:
         return str(ok("vm", "show", self.vm, "-o", "json")["host"])
@@ -160,11 +168,14 @@ class Lab:
         with _environment(environment or {}):
             labs.restart(self.shape, name)
 
-    def kill_copy(self, host: str) -> None:
-        """SIGKILL of the VM's QEMU on `host`, if there is one."""
-        pid = self.copies().get(host)
-        if pid is not None:
-            os.kill(pid, signal.SIGKILL)
+    def kill_copy(self, host: str) -> bool:
+        """SIGKILL of the VM's QEMU on `host`; whether there is one."""
+        pid_file = self.folder / "run" / host / self.vm / "pid"
+        try:
+            os.kill(int(pid_file.read_text()), signal.SIGKILL)
+        except (OSError, ValueError):
+            return False
+        return True
 
     def cut(self, name: str, seconds: float) -> None:
         """Take `name`'s underlay link down for a while."""
@@ -244,10 +255,15 @@ class Lab:
     def next_host(self) -> str:
         return HOSTS[(HOSTS.index(self.where()) + 1) % len(HOSTS)]
 
-    def begin(self, to: str, phase: str, *options: str) -> str:
-        """Start a move; returns its id once it has come to `phase`."""
-        move = str(ok("vm", "migrate", self.vm, "--to", to, "--no-wait", *options)).strip()
-        _until_phase(self.api, move, phase)
+    def begin(self, to: str, phase: str, mode: str = "hot", **options: Any) -> str:
+        """Start a move; returns its id once it has come to `phase`.
+
+        By the API: before a command has started, the phase may be over.
+        """
+        api = self.api
+        wish = {"to": to, "mode": mode, "options": options}
+        move = str(_post(f"{api}/v1/vms/{self.vm}/migrate", wish)["id"])
+        _until_phase(api, move, phase)
         return move
 
     def break_a_move(self, phase: str, fault: Fault) -> dict[str, Any]:
@@ -257,16 +273,18 @@ class Lab:
         name = {"old": old, "new": new, "peer": peer, "nva": "nva"}[fault.who]
         said_before = len(self._log(name))
         with self._prepared(fault, name), self.listening() as ears, self._watching() as watch:
-            # Else the copy may be over before the fault is there.
-            slowly = ("--bandwidth", "16MiB") if phase == "precopy" else ()
-            move = self.begin(new, phase, *slowly)
-            self.do(fault.kind, name, fault.seconds, move)
+            lasting = {} if "disk" in fault.kind and phase == "equal" else _LASTING.get(phase, {})
+            move = self.begin(new, phase, **lasting)
+            at_ns = time.time_ns()
+            self.felt = self.do(fault.kind, name, fault.seconds, move)
             silence = watch.hidden_silence(name, fault.seconds) if fault.kind == "link" else []
             receipt = self.ended(move)
             self.seen = [*overlaps(ears.sent()), *silence]
         self.seen += watch.lies(receipt)
-        full = re.search("disk is full|No space left", self._log(name)[said_before:])
-        self.felt = "disk" not in str(fault) or full is not None
+        self.hit = _phase_at(receipt, at_ns)
+        if "disk" in fault.kind:
+            said = self._log(name)[said_before:]
+            self.felt = re.search("disk is full|No space left", said) is not None
         return receipt
 
     def _log(self, name: str) -> str:
@@ -274,7 +292,9 @@ class Lab:
 
     @contextlib.contextmanager
     def _prepared(self, fault: Fault, name: str) -> Iterator[None]:
-        """Before the move begins: give the daemon a clock of its own if that is to be set."""
+        """Before the move begins: a clock of its own for a daemon whose clock is to be set."""
+        if "disk" in fault.kind:
+            self._nearly_full(name)
         if fault.kind != "clock":
             yield
             return
@@ -312,14 +332,16 @@ class Lab:
                 ping.terminate()
                 ears.close()
 
-    def do(self, kind: str, name: str, seconds: float, move: str) -> None:
+    def do(self, kind: str, name: str, seconds: float, move: str) -> bool:
+        """Whether there was anything to break."""
         match kind:
             case "abort":
-                run("migration", "abort", move)  # refused after the commit
+                with contextlib.suppress(urllib.error.HTTPError):  # refused after the commit
+                    _post(f"{self.api}/v1/migrations/{move}/abort", {})
             case "daemon":
                 self.kill_daemon(name)
             case "copy":
-                self.kill_copy(name)
+                return self.kill_copy(name)
             case "link":
                 self.cut(name, seconds)
             case "clock":
@@ -334,13 +356,18 @@ class Lab:
                     time.sleep(seconds)
             case _:
                 raise AssertionError(kind)
+        return True
+
+    def _nearly_full(self, name: str) -> None:
+        """So that filling the rest of it takes no time."""
+        if name == "nva":
+            with contextlib.closing(sqlite3.connect(self.folder / "store" / "nva.db")) as store:
+                store.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # else the log's room is reused
+        self.disks[name].fill(but_bytes=1 << 20)
 
     @contextlib.contextmanager
     def _full(self, name: str) -> Iterator[None]:
         """The disk of daemon `name` has no byte left meanwhile."""
-        if name == "nva":
-            with contextlib.closing(sqlite3.connect(self.folder / "store" / "nva.db")) as store:
-                store.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # else the log's room is reused
         self.disks[name].fill()
         try:
             yield
@@ -463,6 +490,31 @@ def _guest_ns(pid: int) -> int:
             with contextlib.suppress(OSError):
                 total += int((thread / "schedstat").read_text().split()[0])
     return total
+
+
+_LASTING: dict[str, dict[str, Any]] = {
+    "precopy": {"bandwidth_bytes_per_s": 16 << 20},
+    "equal": {"verify": True},
+}
+"""Options with which a phase lasts long enough to be met."""
+
+
+def _post(url: str, wish: dict[str, Any]) -> Any:
+    head = {"content-type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(wish).encode(), head)
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+def _phase_at(receipt: dict[str, Any], at_ns: int) -> str:
+    """The phase of the move at an instant, after which the NVA's clock may have been set."""
+    reached, before_ns = "planned", 0.0
+    for each in receipt["phases"]:
+        entered_ns = datetime.fromisoformat(each["at"]).timestamp() * 1e9
+        if not before_ns <= entered_ns <= at_ns:
+            break
+        reached, before_ns = each["phase"], entered_ns
+    return reached
 
 
 def _until_phase(api: str, move: str, phase: str) -> None:

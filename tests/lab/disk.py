@@ -6,8 +6,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-SIZE = "32m"
-"""An NVE keeps 12 MiB of firmware beside what little it writes."""
+SIZE = "256m"
+"""An NVE keeps 12 MiB of firmware beside what little it writes, and a VM's memory to compare it."""
 
 
 class SmallDisk:
@@ -26,8 +26,8 @@ class SmallDisk:
         shutil.copytree(aside, self._folder, dirs_exist_ok=True)
         shutil.rmtree(aside)
 
-    def fill(self) -> None:
-        """Take the last byte, whoever else writes meanwhile."""
+    def fill(self, but_bytes: int = 0) -> None:
+        """Take the last byte, whoever else writes meanwhile; or leave `but_bytes`."""
         size = 1 << 20
         with self._ballast.open("ab", buffering=0) as file:
             while size:
@@ -35,6 +35,7 @@ class SmallDisk:
                     file.write(bytes(size))
                 except OSError:
                     size //= 2
+            file.truncate(max(0, file.tell() - but_bytes))
 
     def free(self) -> None:
         self._ballast.unlink(missing_ok=True)

@@ -34,8 +34,7 @@ def kept(lab: Lab, host: str) -> list[str]:
 
 def mirroring(lab: Lab, to: str, count: int) -> str:
     """The id of a warm move to `to` that has taken at least `count` checkpoints."""
-    options = ("--warm", "--interval", "300ms", "--checkpoints", "1000")
-    move = lab.begin(to, "precopy", *options)
+    move = lab.begin(to, "precopy", "warm", interval_s=0.3, checkpoints=1000)
     lab.until(lambda: shown(move)["checkpoints"]["count"] >= count)
     return move
 

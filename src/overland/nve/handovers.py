@@ -152,6 +152,8 @@ class Handovers:
                 # Its prepare order may still wait for the kernel, and must not begin it any more.
                 self._ended.append(order.move)
                 self._say(_NOTHING_HERE[type(order)](move=order.move, nve=self._nve))
+            case m.Retire() if order.move in self._ended:
+                self._say(m.Closed(move=order.move, nve=self._nve))  # which was not heard
             case m.Activate() | m.Retire() if running is not None:
                 self._with_ticket(running, order)
             case _ if running is not None:

@@ -113,6 +113,9 @@ class SimHost:
             self.closed.add(order.move)
             self.world.report(self, answer(move=order.move, nve=self.name))
             return
+        if isinstance(order, m.Retire) and order.move in self.closed:
+            self.world.report(self, m.Closed(move=order.move, nve=self.name))
+            return
         nothing = m.Failed(move=order.move, nve=self.name, step="order", why="no part in the move")
         self.world.report(self, nothing)
 
