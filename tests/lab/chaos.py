@@ -172,10 +172,13 @@ class Lab:
         """SIGKILL of the VM's QEMU on `host`; whether there is one."""
         pid_file = self.folder / "run" / host / self.vm / "pid"
         try:
-            os.kill(int(pid_file.read_text()), signal.SIGKILL)
+            pid = int(pid_file.read_text())
+            ours = f"overland-{self.vm}".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
         except (OSError, ValueError):
             return False
-        return True
+        if ours:  # the file of one that was killed before stays, and its number may be another's
+            os.kill(pid, signal.SIGKILL)
+        return ours
 
     def cut(self, name: str, seconds: float) -> None:
         """Take `name`'s underlay link down for a while."""
