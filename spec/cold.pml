@@ -24,8 +24,8 @@
 mtype:Phase = { planned, staged, paused, equal, committed, converging, drained, closed, aborting,
                 aborted };
 mtype:Copy = { none, runs, stopped };
-mtype:Word = { nothing, associate, suspend, take, give, wake, drop_state, go_back, drop_copy, count,
-               prepared, listens, stands, received, woken, given_back, restored, is_closed, failed,
+mtype:Word = { nothing, associate, suspend, give, wake, drop_state, go_back, drop_copy, count,
+               prepared, stands, received, woken, given_back, restored, is_closed, failed,
                drops_too, drops_all, leads_here, is_back };
 
 mtype:Phase phase = planned;      /* the NVA's record, and all that it journals */
@@ -75,13 +75,13 @@ inline runs_on(n, state) {
 inline ask() {
   if
   :: phase == planned -> tell(NEW, associate)
-  :: phase == staged || phase == equal -> skip
-  :: phase == paused ->
+  :: phase == equal -> skip
+  :: phase == staged || phase == paused ->
+     if :: !is_listening -> tell(NEW, associate) :: else fi;
      if
-     :: !has_marked[OLD] -> skip
-     :: has_marked[OLD] && !is_stopped -> tell(OLD, suspend)
-     :: has_marked[OLD] && is_stopped && !is_listening -> tell(NEW, take)
-     :: has_marked[OLD] && is_stopped && is_listening -> tell(OLD, give)
+     :: phase == paused && has_marked[OLD] && !is_stopped -> tell(OLD, suspend)
+     :: phase == paused && is_stopped && is_listening -> tell(OLD, give)
+     :: else
      fi
   :: phase == committed -> tell(NEW, wake)
   :: phase == converging -> skip
@@ -134,7 +134,9 @@ inline turn_back() {
 
 inline hear(word, nve) {
   if
-  :: word == prepared -> if :: phase == planned -> enter(planned, staged); push() :: else fi
+  :: word == prepared ->
+     if :: phase == planned || phase == staged || phase == paused -> is_listening = true :: else fi;
+     if :: phase == planned -> enter(planned, staged); push() :: else fi
   :: word == drops_too -> if :: phase == staged && nve != OLD -> has_marked[nve] = true :: else fi
   :: word == drops_all ->
      if
@@ -143,16 +145,15 @@ inline hear(word, nve) {
      fi
   :: word == leads_here -> if :: phase == converging -> is_active[nve] = true :: else fi
   :: word == stands -> if :: phase == paused -> is_stopped = true :: else fi
-  :: word == listens -> if :: phase == paused && is_stopped -> is_listening = true :: else fi
   :: word == received ->
-     if :: phase == paused && is_listening -> enter(paused, equal) :: else fi
+     if :: phase == paused && is_stopped && is_listening -> enter(paused, equal) :: else fi
   :: word == woken -> if :: phase == committed -> is_woken = true :: else fi
   :: word == given_back -> if :: phase == aborting -> is_given_back = true :: else fi
   :: word == restored ->
      if :: phase == aborting && !is_restored -> is_restored = true; push() :: else fi
   :: word == is_closed -> if :: is_closing || phase == drained -> has_closed[nve] = true :: else fi
   :: word == is_back -> pushed[nve] = true;
-     if :: phase == paused && nve == NEW -> is_listening = false :: else fi
+     if :: (phase == staged || phase == paused) && nve == NEW -> is_listening = false :: else fi
   :: word == failed -> turn_back()
   fi
 }
@@ -269,8 +270,7 @@ active proctype new_nve() {
 end:
   do
   :: atomic { pushed[NEW] -> kernel(NEW) }
-  :: atomic { turn(NEW, associate) -> order[NEW] = nothing; say(prepared, NEW) }
-  :: atomic { turn(NEW, take) -> order[NEW] = nothing; taking = true; say(listens, NEW) }
+  :: atomic { turn(NEW, associate) -> order[NEW] = nothing; taking = true; say(prepared, NEW) }
   :: atomic { turn(NEW, wake) -> order[NEW] = nothing;
        taking = false; /* a state that is given twice comes to nobody */
 #ifdef BUG_KEEP_BOTH
@@ -295,8 +295,8 @@ end:
      }
   :: atomic { turn(NEW, count) -> order[NEW] = nothing; say(is_closed, NEW) }
   :: atomic { order[NEW] != nothing && losses < LOSSES -> losses++; order[NEW] = nothing }
-  :: atomic { order[NEW] != nothing && crashes < CRASHES -> crashes++; order[NEW] = nothing;
-       taking = false;
+  :: atomic { (order[NEW] != nothing || taking) && crashes < CRASHES -> crashes++;
+       order[NEW] = nothing; taking = false;
        starts(NEW)
      }
   od

@@ -408,16 +408,11 @@ async def test_nothing_is_done_to_a_vm_whose_saved_state_is_on_its_way(world: Wo
     ):
         with pytest.raises(Blocked, match=r"moving|moves it"):
             await wish
-    said(two, m.Prepared(move=move, nve="h2"))
-    assert isinstance(await told(one), m.Suspend)
-    saved = Memory(total_bytes=7, remaining_bytes=7)
-    said(one, m.Stopped(move=move, nve="h1", held_ns=0, stop_ns=0, memory=saved))
-    assert isinstance(await told(two), m.TakeState)
     said(two, m.Prepared(move=move, nve="h2", uri="state:there"))
     give = await told(one)
     assert isinstance(give, m.GiveState)
     assert give.uri == "state:there"
-    said(one, m.Received(move=move, nve="h1", at_ns=1))
+    said(one, m.Received(move=move, nve="h1", at_ns=1, state_bytes=7))
     wake = await told(two)
     assert isinstance(wake, m.WakeUp)
     assert wake.seal is not None

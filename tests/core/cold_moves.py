@@ -41,13 +41,12 @@ def has(nve: str, marking: Marking, at_ns: int = 5) -> m.Acknowledged:
 
 _TO_PHASE: dict[Phase, tuple[m.CoordinatorEvent, ...]] = {
     "planned": (m.Start(),),
-    "staged": (m.Prepared(move="m1", nve=NEW),),
+    "staged": (m.Prepared(move="m1", nve=NEW, uri="state:x"),),
     "paused": (has(PEER, "others"), has(NEW, "others")),
     "equal": (
         has(OLD, "all"),
         m.Stopped(move="m1", nve=OLD, held_ns=0, stop_ns=20, memory=SAVED),
-        m.Prepared(move="m1", nve=NEW, uri="state:x"),
-        m.Received(move="m1", nve=OLD, at_ns=30),
+        m.Received(move="m1", nve=OLD, at_ns=30, state_bytes=9),
     ),
     "committed": (m.Committed(version=2, at_ns=40),),
     "converging": (m.Running(move="m1", nve=NEW, at_ns=50, held=0),),
@@ -60,7 +59,6 @@ BY_COLUMN: dict[str, tuple[Phase, int]] = {
     "paused": ("paused", 2),
     "paused, marked": ("equal", 1),
     "paused, saved": ("equal", 2),
-    "paused, given": ("equal", 3),
 }
 
 
@@ -179,22 +177,20 @@ class ColdConversation:
             return
         match order:
             case m.Associate():
-                self._say(m.Prepared(move="m1", nve=nve))
+                uri = "state:x" if has_state(order.vm) else ""
+                disks = "state:y" if self.images else ""
+                self._say(m.Prepared(move="m1", nve=nve, uri=uri, disks_uri=disks))
             case m.Suspend():
                 self.copies.discard(nve)
                 self.states.add(nve)
                 assert self.record.vm.state == "suspended" or set(self.kernels.values()) != {"none"}
                 stopped = m.Stopped(move="m1", nve=nve, held_ns=0, stop_ns=20, memory=SAVED)
                 self._say(stopped)
-            case m.TakeState():
-                uri = "state:x" if has_state(order.vm) else ""
-                disks = "state:y" if self.images else ""
-                self._say(m.Prepared(move="m1", nve=nve, uri=uri, disks_uri=disks))
             case m.GiveState(uri=uri, disks_uri=disks):
                 assert not self.copies, "the VM is stopped, and writes no disk"
                 self.states |= {NEW} if uri else set()
                 self.images |= {NEW} if disks else set()
-                self._say(m.Received(move="m1", nve=nve, at_ns=30))
+                self._say(m.Received(move="m1", nve=nve, at_ns=30, state_bytes=9 if uri else 0))
             case m.WakeUp():
                 if is_up(order.vm):
                     self.states.discard(nve)

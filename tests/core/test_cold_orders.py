@@ -168,7 +168,7 @@ async def test_every_order_may_be_repeated() -> None:
         assert isinstance(stopped, m.Stopped)
         assert (stopped.stop_ns, stopped.memory.total_bytes) == (stop_ns, 9)
     for _ in range(2):
-        assert isinstance(await answer(new, at_new, order(m.TakeState)), m.Prepared)
+        assert isinstance(await answer(new, at_new, order(m.Associate)), m.Prepared)
         assert isinstance(await answer(old, at_old, order(m.GiveState, uri="u")), m.Received)
     for _ in range(2):
         woken = await answer(new, at_new, order(m.WakeUp, version=2, seal=SEAL))
@@ -233,7 +233,7 @@ async def test_an_old_state_stays_while_the_vm_sleeps_elsewhere(state: Any, left
     assert may_be_last(vm, NEW) is bool(left)
     assert not may_be_last(vm, OLD)
     await answer(host, moves(host), order(m.Associate, vm))
-    assert host.files == left
+    assert host.files == {*left, "m1"}, "and what comes is awaited"
 
 
 @pytest.mark.req("R-48")
@@ -303,7 +303,7 @@ async def test_disks_that_go_along_are_carried_beside_the_state(state: VmState) 
     old.giving.set()
     at_old, at_new = moves(old, OLD, ticket()), moves(new, NEW, ticket())
     for _ in range(2):
-        taking = await answer(new, at_new, order(m.TakeState, vm))
+        taking = await answer(new, at_new, order(m.Associate, vm))
         assert isinstance(taking, m.Prepared)
         assert bool(taking.uri) == (state != "shutdown")
         uris = {"uri": taking.uri, "disks_uri": taking.disks_uri}
@@ -325,9 +325,26 @@ async def test_a_move_that_turns_back_drops_what_it_took() -> None:
     """Count drops nothing: after the commit it may be all that there is of the VM (HO-52)."""
     new = FakeHost()
     at_new = moves(new)
-    await answer(new, at_new, order(m.TakeState, WITH_DISK))
+    await answer(new, at_new, order(m.Associate, WITH_DISK))
     assert isinstance(await answer(new, at_new, order(m.Count, WITH_DISK)), m.Closed)
     assert (new.images.brought, new.files) == ({"m1": {"data"}}, {"m1"})
     for _ in range(2):
         assert isinstance(await answer(new, at_new, order(m.DropCopy, WITH_DISK)), m.GivenBack)
         assert (new.images.own, new.images.brought, new.files) == (set(), {}, set())
+
+
+@pytest.mark.req("R-14")
+@pytest.mark.parametrize("last", [m.Return, m.DropCopy, m.Count])
+async def test_an_order_from_before_the_end_of_its_move_is_nothing(last: type[m.ColdOrder]) -> None:
+    """HO-69: what had been asked before the move turned back, and comes after that."""
+    host = FakeHost("running")
+    at = moves(host, OLD)
+    await answer(host, at, order(last))
+    here, files = host.here, set(host.files)
+    for late in (order(m.Associate), order(m.Suspend), order(m.GiveState, uri="u")):
+        at.order(late)
+    await asyncio.sleep(0)
+    await answer(host, at, order(m.Count))
+    assert (host.here, host.files, host.said.qsize()) == (here, files, 0)
+    other = msgspec.structs.replace(order(m.Suspend), move="m2")
+    assert isinstance(await answer(host, at, other), m.Stopped), "of another move it is an order"

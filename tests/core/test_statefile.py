@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from overland.hypervisor.sealed import HEAD_BYTES, PIECE_BYTES, TAG_BYTES, Invitation, Pieces
 from overland.hypervisor.statefile import Taker, give
 from overland.ports import HypervisorFailure
 from tests.core.test_faults import until
@@ -37,20 +38,56 @@ def _said(port: int, words: bytes) -> bytes:
     return b""
 
 
-@pytest.mark.parametrize("what", ["another secret", "cut", "damaged"])
+def _sealed(invitation: str, *pieces: bytes, length: int) -> list[bytes]:
+    """The head, and each piece as it travels."""
+    sealing, head = Pieces.answering(invitation, length)
+    return [head, *(sealing.seal(piece) for piece in pieces)]
+
+
+@pytest.mark.parametrize("what", ["for another", "cut", "damaged", "out of order"])
 async def test_what_is_not_whole_is_not_kept(tmp_path: Path, what: str) -> None:
     there = tmp_path / "there" / "web"
     uri = await Taker().take(there, "127.0.0.1")
-    _, port, secret = uri.removeprefix("state:").split("|")
-    said = bytes(16) if what == "another secret" else bytes.fromhex(secret)
-    rest = b"ab" if what == "cut" else b"abcde" + bytes(32)
-    answer = await asyncio.to_thread(_said, int(port), said + (5).to_bytes(8, "big") + rest)
-    assert answer == b""
+    _, port, invitation = uri.removeprefix("state:").split("|")
+    if what == "for another":
+        invitation = Invitation().text
+    big = bytes(PIECE_BYTES)
+    head, first, second = _sealed(invitation, big, big, length=2 * PIECE_BYTES)
+    said = {
+        "for another": head + first + second,
+        "cut": head + first + second[:-1],
+        "damaged": head + first + second[:-1] + bytes([second[-1] ^ 1]),
+        "out of order": head + second + first,
+    }[what]
+    assert await asyncio.to_thread(_said, int(port), said) == b""
     assert not there.exists()
     assert not list(there.parent.iterdir())
     here = tmp_path / "here"
     here.write_bytes(b"state")
     assert await give(here, uri) == 5, "the true giver is still waited for"
+
+
+async def test_nobody_on_the_way_can_read_it(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    here.write_bytes(b"the tenant's secret" * 1000)
+    invitation = Invitation()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        uri = f"state:127.0.0.1|{server.getsockname()[1]}|{invitation.text}"
+        giving = asyncio.create_task(give(here, uri))
+        heard = await asyncio.to_thread(_heard, server)
+        with pytest.raises(HypervisorFailure, match="the connection broke"):
+            await giving
+    assert b"secret" not in heard
+    pieces, length = invitation.accept(heard[:HEAD_BYTES])
+    assert pieces.open(heard[HEAD_BYTES:]) == here.read_bytes()
+    assert length == here.stat().st_size
+
+
+def _heard(server: socket.socket) -> bytes:
+    """What the next connection says, until the file of the test above has come."""
+    came, _ = server.accept()
+    with came, came.makefile("rb") as stream:
+        return stream.read(HEAD_BYTES + 19_000 + TAG_BYTES)
 
 
 @pytest.mark.req("R-14")
@@ -59,9 +96,9 @@ async def test_what_is_asked_for_again_while_it_comes_is_not_cut_off(tmp_path: P
     there = tmp_path / "there" / "m1"
     taker = Taker()
     uri = await taker.take(there, "127.0.0.1")
-    _, port, secret = uri.removeprefix("state:").split("|")
+    _, port, invitation = uri.removeprefix("state:").split("|")
     _, writer = await asyncio.open_connection("127.0.0.1", int(port))
-    writer.write(bytes.fromhex(secret) + (1 << 20).to_bytes(8, "big") + bytes(5000))
+    writer.write(b"".join(_sealed(invitation, length=1 << 20)) + bytes(5000))
     await writer.drain()
     await until(lambda: any(there.parent.iterdir()))
     assert await taker.take(there, "127.0.0.1") == uri
@@ -115,9 +152,9 @@ async def test_what_is_given_up_in_the_middle_leaves_nothing(tmp_path: Path) -> 
     there = tmp_path / "there" / "m1"
     taker = Taker()
     uri = await taker.take(there, "127.0.0.1")
-    _, port, secret = uri.removeprefix("state:").split("|")
+    _, port, invitation = uri.removeprefix("state:").split("|")
     reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
-    writer.write(bytes.fromhex(secret) + (1 << 20).to_bytes(8, "big") + bytes(5000))
+    writer.write(b"".join(_sealed(invitation, length=1 << 20)) + bytes(5000))
     await writer.drain()
     await until(lambda: any(there.parent.iterdir()))  # it is being written now
     await taker.give_up(there)

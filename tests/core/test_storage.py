@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from overland.hypervisor.images import Images
+from overland.hypervisor.sealed import Pieces
 from overland.model.cluster import Boot, Disk, DiskKind, DiskState, Vm
 from overland.model.handover import DiskChoice
 from overland.nva import storage
@@ -206,9 +207,9 @@ async def test_an_image_on_its_way_is_not_cut_off_when_it_is_asked_for_again(
 async def test_an_image_that_is_given_up_on_its_way_leaves_nothing(tmp_path: Path) -> None:
     new = Images(tmp_path / "new", tmp_path / "new-notes")
     [uri] = await new.take("m1", [EMPTY], "127.0.0.1")
-    _, port, secret = uri.removeprefix("state:").split("|")
+    _, port, invitation = uri.removeprefix("state:").split("|")
     reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
-    writer.write(bytes.fromhex(secret) + MIB.to_bytes(8, "big") + b"a part of it")
+    writer.write(Pieces.answering(invitation, MIB)[1] + b"a part of it")
     await writer.drain()
     folder = new.path(EMPTY).parent
     await until(lambda: any(folder.iterdir()))  # it is being written now

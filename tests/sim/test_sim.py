@@ -96,8 +96,8 @@ def always(vm: Vm, nve: str) -> bool:
 @pytest.mark.parametrize(
     ("first", "where", "name", "planted"),
     [
-        (20_000, SimHypervisor, "daemon_started", keeps_it_beside),
-        (0, handovers, "_last_order_cold", drops_what_is_back),
+        (5_000, SimHypervisor, "daemon_started", keeps_it_beside),
+        (7_000, handovers, "_last_order_cold", drops_what_is_back),
         (8_000, world_module, "farewells", nobody),
         (0, world_module, "may_be_last", always),
     ],

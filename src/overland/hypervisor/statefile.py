@@ -1,28 +1,25 @@
 """A file of a VM at rest, its saved state or a disk image, carried from one host to another.
 
-The taker listens and names itself by a URI with a secret; the giver says the secret, the length
-and the bytes, and their SHA-256; the taker answers when all of it is on its disk, or why it is not.
-Zeros take no room there.
+The taker listens and names itself by a URI with an invitation; the giver answers that one with the
+length and the bytes, sealed; the taker says when all of it is on its disk, or why it is not. Zeros
+take no room there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
-import secrets
 import socket
 from collections.abc import Callable
 from io import BufferedWriter
 from pathlib import Path
 
+from overland.hypervisor.sealed import HEAD_BYTES, TAG_BYTES, Invitation, Pieces, sizes
 from overland.ports import HypervisorFailure
 
-PIECE_BYTES = 1 << 20
 TAKE_LIMIT_S = 600.0
 PIECE_LIMIT_S = 30.0
-_SECRET_BYTES, _LENGTH_BYTES, _DIGEST_BYTES = 16, 8, 32
 _KEPT = b"kept"
 _ANSWER_BYTES = 200
 _HOLE = bytes(64 << 10)
@@ -47,7 +44,7 @@ class Taker:
         uri, task = self._waiting.get(path, ("", None))
         if task is not None and not task.done():
             return uri
-        secret = secrets.token_bytes(_SECRET_BYTES)
+        invitation = Invitation()
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,8 +52,8 @@ class Taker:
         except OSError as error:
             raise HypervisorFailure(f"cannot take a state at {address}: {error.strerror}") from None
         server.setblocking(False)
-        uri = f"state:{address}|{server.getsockname()[1]}|{secret.hex()}"
-        task = asyncio.create_task(self._until_taken(server, path, secret, place))
+        uri = f"state:{address}|{server.getsockname()[1]}|{invitation.text}"
+        task = asyncio.create_task(self._until_taken(server, path, invitation, place))
         task.add_done_callback(lambda _: server.close())  # also of one that never began
         self._waiting[path] = uri, task
         return uri
@@ -79,7 +76,7 @@ class Taker:
         _part(path).unlink(missing_ok=True)
 
     async def _until_taken(
-        self, server: socket.socket, path: Path, secret: bytes, place: Place
+        self, server: socket.socket, path: Path, invitation: Invitation, place: Place
     ) -> None:
         loop = asyncio.get_running_loop()
         with contextlib.suppress(TimeoutError):
@@ -88,7 +85,7 @@ class Taker:
                     giver, _ = await loop.sock_accept(server)
                 giver.settimeout(PIECE_LIMIT_S)
                 with giver:
-                    if await _cut_when_cancelled(giver, path, secret, place):
+                    if await _cut_when_cancelled(giver, path, invitation, place):
                         self._waiting.pop(path, None)  # who asks once it is kept waits anew
                         with contextlib.suppress(OSError):
                             giver.sendall(_KEPT)
@@ -101,10 +98,10 @@ def _part(path: Path) -> Path:
 
 
 async def _cut_when_cancelled(
-    giver: socket.socket, path: Path, secret: bytes, place: Place
+    giver: socket.socket, path: Path, invitation: Invitation, place: Place
 ) -> bool:
     """A thread cannot be cancelled: it is cut off, and nothing is written once this returns."""
-    thread = asyncio.ensure_future(asyncio.to_thread(_taken, giver, path, secret, place))
+    thread = asyncio.ensure_future(asyncio.to_thread(_taken, giver, path, invitation, place))
     try:
         return await asyncio.shield(thread)
     except asyncio.CancelledError:
@@ -114,10 +111,10 @@ async def _cut_when_cancelled(
         raise
 
 
-def _taken(giver: socket.socket, path: Path, secret: bytes, place: Place) -> bool:
+def _taken(giver: socket.socket, path: Path, invitation: Invitation, place: Place) -> bool:
     """Whether this one gave what was waited for; else nothing of it is kept."""
     try:
-        _take_from(giver, path, secret, place)
+        _take_from(giver, path, invitation, place)
     except ValueError:
         return False
     except OSError as error:
@@ -127,21 +124,14 @@ def _taken(giver: socket.socket, path: Path, secret: bytes, place: Place) -> boo
     return True
 
 
-def _take_from(giver: socket.socket, path: Path, secret: bytes, place: Place) -> None:
+def _take_from(giver: socket.socket, path: Path, invitation: Invitation, place: Place) -> None:
     with giver.makefile("rb") as stream:
-        if not secrets.compare_digest(stream.read(_SECRET_BYTES), secret):
-            raise ValueError("not the giver")
-        left = length = int.from_bytes(stream.read(_LENGTH_BYTES), "big")
+        pieces, length = invitation.accept(stream.read(HEAD_BYTES))
         part = _part(path)
-        digest = hashlib.sha256()
         try:
             with part.open("wb") as file:
-                while left and (piece := stream.read(min(left, PIECE_BYTES))):
-                    digest.update(piece)
-                    _write(file, piece)
-                    left -= len(piece)
-                if left or stream.read(_DIGEST_BYTES) != digest.digest():
-                    raise ValueError("not whole")
+                for size in sizes(length):
+                    _write(file, pieces.open(stream.read(size + TAG_BYTES)))
                 file.truncate(length)
                 os.fsync(file.fileno())
             place(part, path)
@@ -160,12 +150,12 @@ def _write(file: BufferedWriter, piece: bytes) -> None:
 
 async def give(path: Path, uri: str) -> int:
     """Send the file at `path` to `uri`; bytes sent. HypervisorFailure unless it was kept there."""
-    address, port, secret = uri.removeprefix("state:").split("|")
+    address, port, invitation = uri.removeprefix("state:").split("|")
     try:
         # Made here, where the network namespace is the daemon's.
         taker = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
         try:
-            return await asyncio.to_thread(_given, taker, path, (address, int(port)), secret)
+            return await asyncio.to_thread(_given, taker, path, (address, int(port)), invitation)
         except asyncio.CancelledError:
             with contextlib.suppress(OSError):
                 taker.shutdown(socket.SHUT_RDWR)  # else the thread goes on, and it is kept there
@@ -175,19 +165,17 @@ async def give(path: Path, uri: str) -> int:
         raise HypervisorFailure(f"{path.name} not taken by {address}: {why}") from None
 
 
-def _given(taker: socket.socket, path: Path, address: tuple[str, int], secret: str) -> int:
+def _given(taker: socket.socket, path: Path, address: tuple[str, int], invitation: str) -> int:
     with taker, path.open("rb") as file:
         taker.settimeout(PIECE_LIMIT_S)
         taker.connect(address)
         length = os.fstat(file.fileno()).st_size
-        digest = hashlib.sha256()
+        pieces, head = Pieces.answering(invitation, length)
         answer = b""
         with contextlib.suppress(ConnectionError):  # one that takes no more has said why
-            taker.sendall(bytes.fromhex(secret) + length.to_bytes(_LENGTH_BYTES, "big"))
-            while piece := file.read(PIECE_BYTES):
-                digest.update(piece)
-                taker.sendall(piece)
-            taker.sendall(digest.digest())
+            taker.sendall(head)
+            for size in sizes(length):
+                taker.sendall(pieces.seal(file.read(size)))
         with contextlib.suppress(ConnectionError):
             answer = taker.recv(_ANSWER_BYTES)
         if answer != _KEPT:

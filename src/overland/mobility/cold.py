@@ -3,7 +3,7 @@
 Record, phases, acknowledgements and shell are those of a hot move (`coordinator`); what they have
 in common is in `saga`. No frame waits anywhere and nothing is tunnelled: the address is in transit.
 
-    planned --ports at the new NVE--> staged --all others drop and count--> paused
+    planned --the new NVE awaits it--> staged --all others drop and count--> paused
       --the old NVE does too; VM stopped, saved, carried--> equal --compare-and-set--> committed
       --woken--> running -> converging --active again at all subscribers--> drained --> closed
 
@@ -52,7 +52,6 @@ from overland.mobility.messages import (
     Steered,
     Stopped,
     Suspend,
-    TakeState,
     Tick,
     WakeUp,
 )
@@ -67,7 +66,15 @@ from overland.mobility.saga import (
     names,
 )
 from overland.model.cluster import VmState, moved_disks
-from overland.model.handover import ENDED, Acknowledgement, Handover, committed, has_state, is_up
+from overland.model.handover import (
+    ENDED,
+    Acknowledgement,
+    Handover,
+    Memory,
+    committed,
+    has_state,
+    is_up,
+)
 
 WAKE_LIMIT_S = 30.0
 """After so long without a word from the new NVE the outcome is unknown, and it is asked again."""
@@ -157,15 +164,18 @@ def _outstanding(record: Handover, nve: str | None = None) -> tuple[Ask, ...]:
 def _wanted(record: Handover) -> tuple[tuple[str, ColdOrder], ...]:
     old, new = record.old_nve, record.new_nve
     move, vm, ports = record.id, record.vm, record.ports
+    associate = (new, Associate(move=move, vm=vm, ports=ports))
+    awaited = () if not carries(record) or _offered(record) else (associate,)
     match record.phase:
         case "planned":
-            return ((new, Associate(move=move, vm=vm, ports=ports)),)
-        case "paused" if is_up(vm) and old not in names(record.marked):
-            return ()
-        case "paused" if has_state(vm) and not record.memory.total_bytes:
-            return ((old, Suspend(move=move, vm=vm, ports=ports)),)
-        case "paused" if not _offered(record):
-            return ((new, TakeState(move=move, vm=vm, ports=ports)),)
+            return (associate,)
+        case "staged":
+            return awaited
+        case "paused" if not _saved(record):
+            suspend = (old, Suspend(move=move, vm=vm, ports=ports))
+            return (*awaited, suspend) if old in names(record.marked) else awaited
+        case "paused" if awaited:
+            return awaited
         case "paused":
             uris = {"uri": record.uri, "disks_uri": record.disks_uri}
             return ((old, GiveState(move=move, vm=vm, ports=ports, **uris)),)
@@ -203,7 +213,7 @@ def _back(record: Handover, nve: str) -> Step:
             waits = True
         waiting = record.waiting | {nve} if waits else record.waiting
         record = msgspec.structs.replace(record, fenced=fenced, waiting=waiting)
-    if record.phase == "paused" and nve == record.new_nve:
+    if record.phase in ("staged", "paused") and nve == record.new_nve:
         # Nobody listens at the old URIs any more, if its daemon was restarted.
         record = msgspec.structs.replace(record, uri="", disks_uri="")
     return record, _outstanding(record, nve)
@@ -214,15 +224,20 @@ def _offered(record: Handover) -> bool:
     return bool(record.uri or record.disks_uri)
 
 
+def _saved(record: Handover) -> bool:
+    """Nothing of the VM has to be saved any more: what is to be carried lies on the old disk."""
+    return not is_up(record.vm) or bool(record.memory.total_bytes)
+
+
 def _prepared(record: Handover, event: Prepared, now_s: float, now_ns: int) -> Step:
-    if event.nve != record.new_nve:
+    if event.nve != record.new_nve or record.phase not in ("planned", "staged", "paused"):
         return record, ()
-    saved = record.memory.total_bytes or not has_state(record.vm)
-    if record.phase == "paused" and (event.uri or event.disks_uri) and saved:
-        record = msgspec.structs.replace(record, uri=event.uri, disks_uri=event.disks_uri)
-        return record, _outstanding(record)
-    if record.phase != "planned":
-        return record, ()
+    begins = record.phase == "planned"
+    record = msgspec.structs.replace(record, uri=event.uri, disks_uri=event.disks_uri)
+    return _staged(record, now_s, now_ns) if begins else (record, _outstanding(record))
+
+
+def _staged(record: Handover, now_s: float, now_ns: int) -> Step:
     record = msgspec.structs.replace(
         enter(record, "staged", now_ns), waiting=_others(record), deadline_s=now_s + PREPARE_LIMIT_S
     )
@@ -266,7 +281,7 @@ def _acknowledged(record: Handover, event: Acknowledged, now_s: float, now_ns: i
 
 
 def _stopped(record: Handover, event: Stopped) -> Step:
-    if record.phase != "paused":
+    if record.phase != "paused" or record.old_nve not in names(record.marked):
         return record, ()
     if record.memory.total_bytes:
         # It was asked twice, and the second time in place of what it has to do now (HO-53).
@@ -276,10 +291,10 @@ def _stopped(record: Handover, event: Stopped) -> Step:
 
 
 def _received(record: Handover, event: Received, now_ns: int) -> Step:
-    if record.phase != "paused" or not _offered(record):
+    if record.phase != "paused" or not (_offered(record) and _saved(record)):
         return record, ()
-    size = record.memory.total_bytes
-    memory = msgspec.structs.replace(record.memory, sent_bytes=size, remaining_bytes=0)
+    size = event.state_bytes
+    memory = Memory(total_bytes=size, sent_bytes=size)
     record = msgspec.structs.replace(
         record, equal_ns=event.at_ns, memory=memory, storage=event.storage
     )

@@ -140,19 +140,15 @@ class Cold(Order, frozen=True, kw_only=True, tag=True):
 
 
 class Associate(Cold, frozen=True, kw_only=True, tag=True):
-    """To the new NVE: ports in place, no copy of the VM here; answer Prepared."""
+    """To the new NVE: ports in place, no copy of the VM here, and wait for what is carried.
+
+    That is the saved state, if there is to be one, and the disks that go along. Answer Prepared
+    with the URIs to give them to: `disks_uri` has them in order, a space between two.
+    """
 
 
 class Suspend(Cold, frozen=True, kw_only=True, tag=True):
     """To the old NVE: stop the VM and save its state; answer Stopped once that is whole."""
-
-
-class TakeState(Cold, frozen=True, kw_only=True, tag=True):
-    """To the new NVE: wait for what is carried; answer Prepared with the URIs to give it to.
-
-    The saved state, if there is one, and the disks that go along; their URIs in `disks_uri`, in
-    order, a space between two.
-    """
 
 
 class GiveState(Cold, frozen=True, kw_only=True, tag=True):
@@ -194,9 +190,7 @@ class Count(Cold, frozen=True, kw_only=True, tag=True):
     """To every NVE at the end: answer Closed with what was dropped while in transit."""
 
 
-ColdOrder = (
-    Associate | Suspend | TakeState | GiveState | WakeUp | DropState | Return | DropCopy | Count
-)
+ColdOrder = Associate | Suspend | GiveState | WakeUp | DropState | Return | DropCopy | Count
 
 
 # ------------------------------------------------------------ reports: NVE -> coordinator
@@ -243,9 +237,13 @@ class Stopped(Report, frozen=True, kw_only=True, tag=True):
 
 
 class Received(Report, frozen=True, kw_only=True, tag=True):
-    """The new copy is whole and paused since `at_ns`. `storage`: of disks that a cold move took."""
+    """The new copy is whole and paused since `at_ns`.
+
+    Of a cold move: `state_bytes` of a saved state and the disks of `storage` were carried.
+    """
 
     at_ns: int
+    state_bytes: int = 0
     storage: Storage = Storage()
 
 

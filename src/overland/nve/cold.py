@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol, assert_never
 
@@ -21,6 +22,9 @@ from overland.model.ticket import Seal, Ticket, ticket_refusal
 from overland.ports import Hypervisor, HypervisorFailure, Images, PortFailure
 
 log = logging.getLogger(__name__)
+
+REMEMBERED = 1000
+"""Moves of which an NVE knows that they end; of an older one no order is under way any more."""
 
 
 class Ground(Protocol):
@@ -60,6 +64,18 @@ class ColdSteps:
         self._opened = opened
         self._seen = seen
         self._now_ns = now_ns
+        self._ending: deque[str] = deque(maxlen=REMEMBERED)
+
+    def still(self, order: m.ColdOrder) -> bool:
+        """Whether `order` is to be carried out: not after one that ends its move here (HO-69).
+
+        A restarted daemon need not remember: late orders end with the connection.
+        """
+        if isinstance(order, m.Associate | m.Suspend | m.GiveState):
+            return order.move not in self._ending
+        if order.move not in self._ending:
+            self._ending.append(order.move)
+        return True
 
     async def carry_out(self, order: m.ColdOrder) -> m.AnyReport:
         """Do what `order` says, unless it is done already; what it came to, good or bad."""
@@ -76,11 +92,9 @@ class ColdSteps:
         match order:
             case m.Associate():
                 await self._associate(order)
-                return m.Prepared(move=move, nve=nve)
+                return await self._await(order)
             case m.Suspend():
                 return await self._suspend(order)
-            case m.TakeState():
-                return await self._take(order)
             case m.GiveState():
                 return await self._give(order)
             case m.WakeUp() | m.DropState():
@@ -133,7 +147,8 @@ class ColdSteps:
         move, nve = order.move, self._nve
         return m.Stopped(move=move, nve=nve, held_ns=0, stop_ns=stop_ns, memory=memory)
 
-    async def _take(self, order: m.TakeState) -> m.Prepared:
+    async def _await(self, order: m.Associate) -> m.Prepared:
+        """From now on what is carried may come."""
         move, vm, uri = order.move, order.vm, ""
         if has_state(vm):
             uri = await self._hypervisor.take_state(move, self._address)
@@ -142,13 +157,18 @@ class ColdSteps:
 
     async def _give(self, order: m.GiveState) -> m.Received:
         """The disks as they are once nobody writes them any more."""
+        state = sent = 0
         if order.uri:
-            await self._hypervisor.give_state(order.vm.name, order.uri)
-        sent = 0
+            state = await self._hypervisor.give_state(order.vm.name, order.uri)
         for disk, uri in zip(moved_disks(order.vm), order.disks_uri.split(), strict=True):
             sent += await self._images.give(disk, uri)
-        storage = Storage(total_bytes=sent, sent_bytes=sent)
-        return m.Received(move=order.move, nve=self._nve, at_ns=self._now_ns(), storage=storage)
+        return m.Received(
+            move=order.move,
+            nve=self._nve,
+            at_ns=self._now_ns(),
+            state_bytes=state,
+            storage=Storage(total_bytes=sent, sent_bytes=sent),
+        )
 
     async def _wake(self, order: m.WakeUp | m.DropState) -> m.Running | m.Crashed:
         """Its interfaces are activated: the push that says so came before (HO-22)."""
@@ -217,6 +237,8 @@ class ColdMoves:
 
     def order(self, order: m.ColdOrder) -> None:
         """Begin `order`; its answer comes as a report. One that is under way goes on."""
+        if not self._steps.still(order):
+            return
         before = self._at_work.get(order.move)
         if before is not None:
             former, task = before

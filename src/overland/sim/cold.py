@@ -282,6 +282,8 @@ class SimColdMoves:
         return {}
 
     def order(self, order: m.ColdOrder) -> None:
+        if not self._steps.still(order):
+            return
         former = self._at_work.get(order.move)
         if former is not None:
             if type(former.order) is type(order):
