@@ -626,7 +626,7 @@ class Domain:
         gateway = await self.authority.create_gateway(wish.network, wish.host, wish.leg)
         networks = {gateway.network}
         if not await self._in_kernel(gateway.host, networks, gateway.owner, gateway.version):
-            await self.authority.delete_gateway(gateway.network)
+            await self.authority.delete_gateway(gateway.network, gateway.host)
             what, why = (
                 f"gateway of network {gateway.network}",
                 f"host {gateway.host} cannot make it",
