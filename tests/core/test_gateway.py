@@ -282,6 +282,24 @@ async def test_who_loses_his_gateway_takes_another_and_stays_there(how: str) -> 
     assert used(authority) == before
 
 
+async def test_a_gateway_is_left_by_all_before_it_is_taken_away() -> None:
+    """Until then it takes what is on its way. The last one is left by nobody."""
+    authority = await domain(MemoryStore())
+    await authority.create_gateway("red", "h3", LEG)
+    await authority.create_gateway("red", "h2", SECOND)
+    await authority.spread_gateways("red")
+    await authority.leave_gateway("red", "h2")
+    assert users(authority, "h3") == set(NAMES)
+    assert len(authority.cluster.gateways) == 2
+    await authority.keep_host("h1")  # it is there, so whoever comes now may choose it
+    assert users(authority, "h3") == set(NAMES)
+    await authority.delete_gateway("red", "h2")
+    await authority.leave_gateway("red", "h3")
+    assert users(authority, "h3") == set(NAMES)
+    with pytest.raises(Blocked):
+        await authority.leave_gateway("red", "h2")
+
+
 async def test_a_host_whose_nve_is_away_keeps_its_tenants() -> None:
     """ADR 0011: its kernel forwards as it was told last."""
     authority = await domain(MemoryStore())

@@ -50,6 +50,8 @@ class Service(Protocol):
 
     async def create_gateway(self, wish: GatewayWish) -> Gateway: ...
 
+    async def delete_gateway(self, network: str, host: str) -> None: ...
+
     async def allow(self, one: str, other: str) -> tuple[Policy, list[str]]: ...
 
     async def deny(self, one: str, other: str) -> tuple[Policy, list[str]]: ...
@@ -277,7 +279,7 @@ def _gateways(app: FastAPI, service: Service) -> None:
 
     @app.delete("/v1/gateways/{network}/{host}", status_code=204)
     async def delete_gateway(network: str, host: str) -> Response:
-        await authority.delete_gateway(network, host)
+        await service.delete_gateway(network, host)
         return Response(status_code=204)
 
     @app.get("/v1/gateways/{network}/tenants")

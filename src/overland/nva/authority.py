@@ -203,6 +203,13 @@ class Authority:
         self._news(frozenset({network}))
         return gateway
 
+    async def leave_gateway(self, network: str, host: str) -> None:
+        """From now on nobody goes out of `network` by its gateway on `host`, if it has others."""
+        async with self._lock:
+            _stop_if(removal_blockers(self.cluster, network, host))
+            await self._write_ways(ways_out.left(self.cluster, network, host), {})
+        self._news(frozenset({network}))
+
     async def delete_gateway(self, network: str, host: str) -> None:
         """From now on `network` is left by its other gateways, or not at all."""
         async with self._lock:

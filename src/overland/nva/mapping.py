@@ -60,7 +60,7 @@ class VnView:
         self._members = {n: at for n, at in self._addresses.items() if n not in dead}
         self._last: tuple[VnView, _Difference] | None = None
         self._here: dict[str, list[TsiIntent]] = defaultdict(list)
-        ways = places(cluster, network.name)
+        self.ways_out = ways = places(cluster, network.name)
         for tsi in tsis:
             here = _local(tsi, "activated" if tsi.active else "associated", ways)
             self._here[tsi.host].append(here)

@@ -73,6 +73,12 @@ def settled(cluster: Cluster, network: str, gateways: Iterable[Gateway]) -> Chan
     return changes
 
 
+def left(cluster: Cluster, network: str, host: str) -> Changes:
+    """What becomes other when nobody goes out by the gateway on `host`, in families with others."""
+    others = (each for each in cluster.gateways_of(network) if each.host != host)
+    return {key: ways for key, ways in settled(cluster, network, others).items() if ways}
+
+
 def all_settled(cluster: Cluster) -> Changes:
     """What becomes other now that hosts have died, or have come back."""
     networks = {gateway.network for gateway in cluster.gateways.values()}
