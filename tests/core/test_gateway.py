@@ -288,9 +288,13 @@ async def test_a_gateway_is_left_by_all_before_it_is_taken_away() -> None:
     await authority.create_gateway("red", "h3", LEG)
     await authority.create_gateway("red", "h2", SECOND)
     await authority.spread_gateways("red")
+    before = VnView(authority.cluster, RED)
     await authority.leave_gateway("red", "h2")
     assert users(authority, "h3") == set(NAMES)
     assert len(authority.cluster.gateways) == 2
+    after = VnView(authority.cluster, RED)
+    assert not after.same_tenants("h1", before), "it has to be waited for"
+    assert after.same_tenants("h2", before), "it has no tenant, and is told nothing"
     await authority.keep_host("h1")  # it is there, so whoever comes now may choose it
     assert users(authority, "h3") == set(NAMES)
     await authority.delete_gateway("red", "h2")

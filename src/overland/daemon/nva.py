@@ -640,17 +640,17 @@ class Domain:
         await self.authority.leave_gateway(network, host)
         with contextlib.suppress(TimeoutError):  # nobody waits longer for an NVE that is away
             async with asyncio.timeout(ASSOCIATE_LIMIT_S), self._acks:
-                await self._acks.wait_for(lambda: self._all_know_ways_out(network))
+                await self._acks.wait_for(lambda: self._all_have_their_tenants(network))
         await self.authority.delete_gateway(network, host)
 
-    def _all_know_ways_out(self, network: str) -> bool:
-        """Whether each NVE that is connected has in its kernel who goes out by which gateway."""
+    def _all_have_their_tenants(self, network: str) -> bool:
+        """Whether each NVE that is connected has its own in its kernel, with their ways out."""
         view = self._view(network)
         if view is None:
             return True
         hosts = (host for host in self._wire.hosts() if view.includes(host))
-        known = (self._pushes.in_kernel(host, network) for host in hosts)
-        return all(has is not None and has.ways_out == view.ways_out for has in known)
+        known = ((host, self._pushes.in_kernel(host, network)) for host in hosts)
+        return all(has is not None and view.same_tenants(host, has) for host, has in known)
 
     async def _stop_if_no_disks(self, vm: Vm) -> None:
         if vm.disks:

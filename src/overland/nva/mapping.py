@@ -60,7 +60,7 @@ class VnView:
         self._members = {n: at for n, at in self._addresses.items() if n not in dead}
         self._last: tuple[VnView, _Difference] | None = None
         self._here: dict[str, list[TsiIntent]] = defaultdict(list)
-        self.ways_out = ways = places(cluster, network.name)
+        ways = places(cluster, network.name)
         for tsi in tsis:
             here = _local(tsi, "activated" if tsi.active else "associated", ways)
             self._here[tsi.host].append(here)
@@ -109,6 +109,10 @@ class VnView:
             remotes=tuple(remote for at, remote in put if at != host),
             gone=(*gone, *(remote.mac for at, remote in put if at == host)),
         )
+
+    def same_tenants(self, host: str, since: VnView) -> bool:
+        """Whether NVE `host`, which has `since`, has its own tenants as they must be."""
+        return since.includes(host) and self._tsis(host) == since._tsis(host)
 
     def versions_since(self, since: VnView) -> dict[str, int]:
         """The versions that are news to whoever has `since`."""
