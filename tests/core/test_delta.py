@@ -33,6 +33,7 @@ from overland.model.nve import (
     TsiIntent,
     TunnelEntry,
     VnIntent,
+    WayOut,
 )
 from overland.nve.delta import delta
 from overland.nve.moving import Moving, settle
@@ -41,7 +42,7 @@ from overland.nve.render import render
 MACS = [f"02:00:00:00:00:0{n}" for n in range(1, 6)]
 
 
-def tsi(mac: str, state: str) -> TsiIntent:
+def tsi(mac: str, state: str, way: str = "10.0.0.9") -> TsiIntent:
     return TsiIntent(
         owner=mac,
         index=0,
@@ -50,6 +51,7 @@ def tsi(mac: str, state: str) -> TsiIntent:
         ipv4=f"10.0.0.{mac[-1]}",
         ipv6=f"fd00::2000:0:0:{mac[-1]}",
         state="activated" if state == "activated" else "associated",
+        ways_out=(way,),
     )
 
 
@@ -72,6 +74,14 @@ WAY = TsiIntent(
 FAR = RemoteIntent(
     mac=WAY.mac, ipv4=WAY.ipv4, ipv6=WAY.ipv6, nve="192.0.2.2", version=1, outside=("ipv4",)
 )
+OTHER = RemoteIntent(
+    mac="02:00:00:00:02:00",
+    ipv4="10.0.0.8",
+    ipv6="fd00::8",
+    nve="192.0.2.3",
+    version=1,
+    outside=("ipv4", "ipv6"),
+)
 
 
 def intent(
@@ -79,15 +89,14 @@ def intent(
     remotes: list[RemoteIntent],
     members: list[str],
     gateways: tuple[str, ...] = (),
-    way_out: TsiIntent | RemoteIntent | None = None,
+    ways: tuple[TsiIntent | RemoteIntent, ...] = (),
     ila: bool = False,
 ) -> NveIntent:
     if ila:
         gateways = GATEWAYS[1:]
-    if gateways and isinstance(way_out, TsiIntent):
-        tsis = [*tsis, way_out]
-    elif gateways and isinstance(way_out, RemoteIntent):
-        remotes = [*remotes, way_out]
+    if gateways:
+        tsis = [*tsis, *(way for way in ways if isinstance(way, TsiIntent))]
+        remotes = [*remotes, *(way for way in ways if isinstance(way, RemoteIntent))]
     vn = VnIntent(
         network="blue",
         vni=42,
@@ -106,7 +115,12 @@ def intent(
 intents = st.builds(
     intent,
     st.lists(
-        st.builds(tsi, st.sampled_from(MACS[:3]), st.sampled_from(["activated", "associated"])),
+        st.builds(
+            tsi,
+            st.sampled_from(MACS[:3]),
+            st.sampled_from(["activated", "associated"]),
+            st.sampled_from(["10.0.0.9", "10.0.0.8", "fd00::8"]),
+        ),
         unique_by=lambda each: each.mac,
     ),
     st.lists(
@@ -115,7 +129,7 @@ intents = st.builds(
     ),
     st.lists(st.sampled_from(["192.0.2.2", "192.0.2.3"]), unique=True),
     st.sampled_from([(), GATEWAYS]),
-    st.sampled_from([None, WAY, FAR]),
+    st.sampled_from([(), (WAY,), (FAR,), (OTHER,), (WAY, OTHER), (FAR, OTHER)]),
     st.booleans(),
 )
 
@@ -131,6 +145,7 @@ def facts(state: KernelState) -> set[Fact]:
         *state.router_neighbours,
         *state.host_routes,
         *state.default_routes,
+        *state.ways_out,
         *state.passages,
         *state.muted,
         *state.in_transit,
@@ -155,8 +170,10 @@ def key(fact: Fact) -> object:  # noqa: C901 - one row for each kind of fact
             return ("router neighbour", router, address)
         case HostRoute(router=router, address=address):
             return ("route", router, address)
-        case DefaultRoute(router=router, via=via):
-            return ("default route", router, ":" in via)
+        case DefaultRoute(router=router, table=table, via=via):
+            return ("default route", router, table, ":" in via)
+        case WayOut(router=router, source=source, via=via):
+            return ("way out", router, source, via)
         case Passage(router=router, other=other):
             return ("passage", router, other)
         case Muted(port=port):
@@ -306,20 +323,33 @@ def test_a_way_out_never_leads_to_nobody(before: NveIntent, after: NveIntent) ->
         state = perform(state, (op,))
         ways = {(e.router, e.via) for e in state if isinstance(e, DefaultRoute)}
         assert ways <= {(e.router, e.address) for e in state if isinstance(e, HostRoute)}
+        assert ways >= {(e.router, e.via) for e in state if isinstance(e, WayOut)}
+
+
+@given(intents, intents)
+def test_whoever_keeps_a_way_out_has_one_at_every_step(before: NveIntent, after: NveIntent) -> None:
+    """Also while he changes it: the new one is there before the old one goes."""
+    actual, desired = render(before), render(after)
+    kept = {(e.router, e.source) for e in actual.ways_out}
+    kept &= {(e.router, e.source) for e in desired.ways_out}
+    state = facts(actual)
+    for op in delta(desired, actual):
+        state = perform(state, (op,))
+        assert kept <= {(e.router, e.source) for e in state if isinstance(e, WayOut)}
 
 
 @pytest.mark.req("R-19")
 def test_every_router_of_a_vn_has_the_same_way_out() -> None:
     """R-19: the gateway is a tenant among others; the routes are equal, at its own NVE too."""
     mac = MACS[0]
-    here = render(intent([tsi(mac, "activated")], [], [], GATEWAYS, WAY))
-    there = render(intent([tsi(mac, "activated")], [], [], GATEWAYS, FAR))
+    here = render(intent([tsi(mac, "activated")], [], [], GATEWAYS, (WAY,)))
+    there = render(intent([tsi(mac, "activated")], [], [], GATEWAYS, (FAR,)))
     without = render(intent([tsi(mac, "activated")], [], [], GATEWAYS))
-    assert here.default_routes == there.default_routes
+    assert (here.default_routes, here.ways_out) == (there.default_routes, there.ways_out)
     assert {each.via for each in here.default_routes} == {"10.0.0.9"}, "no leg, no way in IPv6"
     assert here.host_routes == there.host_routes
     assert here.router_neighbours == there.router_neighbours
-    assert without.default_routes == frozenset()
+    assert (without.default_routes, without.ways_out) == (frozenset(), frozenset())
     assert {(e.name, e.kind, e.master) for e in here.links - without.links} == {
         ("ovg42", "gateway", "ovb42"),
         ("ovl42", "leg", "out0"),
@@ -328,9 +358,43 @@ def test_every_router_of_a_vn_has_the_same_way_out() -> None:
     assert BridgeEntry(bridge="ovb42", mac=WAY.mac, port="ovx42") in there.bridge_entries
 
 
+def test_each_tenant_goes_out_by_his_own_gateway_where_he_is_and_where_he_comes() -> None:
+    """6-14: a table for each gateway; rules for who is here or about to be, and for the router."""
+    here = [tsi(MACS[0], "activated"), tsi(MACS[1], "associated", "10.0.0.8")]
+    state = render(intent(here, [remote(MACS[2], "192.0.2.2")], [], GATEWAYS, (FAR, OTHER)))
+    assert {e.via for e in state.default_routes} == {"10.0.0.8", "10.0.0.9", "fd00::8"}
+    assert len({(":" in e.via, e.table) for e in state.default_routes}) == 3
+    assert {(e.source, e.via) for e in state.ways_out} == {
+        ("10.0.0.1", "10.0.0.9"),
+        ("10.0.0.2", "10.0.0.8"),
+        ("0.0.0.0/0", "10.0.0.8"),
+        ("::/0", "fd00::8"),
+    }
+
+
+def test_who_has_lost_his_gateway_goes_out_by_another_and_not_by_none() -> None:
+    """Until the NVA has given him one."""
+    state = render(intent([tsi(MACS[0], "activated")], [], [], GATEWAYS, (OTHER,)))
+    assert {(e.source, e.via) for e in state.ways_out} == {
+        ("0.0.0.0/0", "10.0.0.8"),
+        ("::/0", "fd00::8"),
+    }
+
+
+def test_a_default_route_of_the_main_table_is_taken_away() -> None:
+    """As it was while a VN could have one gateway only."""
+    desired = render(intent([tsi(MACS[0], "activated")], [], [], GATEWAYS, (FAR,)))
+    (route,) = desired.default_routes
+    old = msgspec.structs.replace(route, table=254)
+    former = msgspec.structs.replace(desired, default_routes=frozenset({old}), ways_out=frozenset())
+    ops = delta(desired, former)
+    assert ops[-1] == Op(verb="remove", fact=old)
+    assert {op.verb for op in ops[:-1]} == {"put"}
+
+
 def test_a_gateway_stands_in_both_places_or_in_none() -> None:
     """Its port is there before its leg, and goes after it, with the namespace between them."""
-    with_it = render(intent([], [], [], GATEWAYS, WAY))
+    with_it = render(intent([], [], [], GATEWAYS, (WAY,)))
     without = render(intent([], [], [], GATEWAYS))
 
     def order(desired: KernelState, actual: KernelState) -> list[str]:

@@ -33,6 +33,7 @@ from overland.nva.eligibility import FRESH_S, kept_by, statement_blockers
 from overland.nva.placement import drain_plan
 from overland.nva.policy import pair
 from overland.nva.rules import cold_blockers, move_blockers, warm_blockers
+from overland.nva.ways_out import all_settled
 from overland.store.memory import MemoryStore
 from overland.wire import tls
 from overland.wire.seal import Forged, Sealer, opened, stated
@@ -165,10 +166,12 @@ def test_many_peers_behind_one_nve_are_one_reason() -> None:
 # ------------------------------------------------------------ correspondents outside
 
 
-def with_gateway(now: Cluster, network: str = "red") -> None:
+def with_gateway(now: Cluster, network: str = "red", host: str = "h3") -> None:
     leg = Leg(bridge="out0", mac="02:00:00:00:09:02", ipv4="192.0.2.2/24", via_ipv4="192.0.2.1")
     inside = Interface(network=network, mac="02:00:00:00:09:01", ipv4="10.42.0.2")
-    now.gateways[network] = Gateway(network=network, host="h3", interface=inside, leg=leg)
+    made = Gateway(network=network, host=host, interface=inside, leg=leg)
+    now.gateways[made.key] = made
+    now.ways_out |= {key: way for key, way in all_settled(now).items() if way}
 
 
 @pytest.mark.req("R-19")
@@ -197,6 +200,20 @@ def test_a_gateway_stands_for_the_families_that_it_has_while_its_nve_is_there() 
 
 
 @pytest.mark.req("R-19")
+def test_a_correspondent_may_come_in_by_any_gateway_so_all_must_be_told() -> None:
+    """R-19: which one it is is settled outside. A dead one lets nobody in."""
+    now = cluster("l3")
+    says(now, outside=(FAR,))
+    with_gateway(now)
+    with_gateway(now, host="h2")
+    assert kept_by(now, now.vms["web"], FAR) == "gateway of network red on host h3", "it keeps it"
+    now.hosts["h2"] = msgspec.structs.replace(now.hosts["h2"], ready=False)
+    assert len(whys(now, "outside_not_covered")) == 1
+    now.hosts["h2"] = msgspec.structs.replace(now.hosts["h2"], dead=True)
+    assert whys(now, "outside_not_covered") == []
+
+
+@pytest.mark.req("R-19")
 @pytest.mark.req("N-15")
 def test_a_network_that_may_be_talked_to_is_not_outside() -> None:
     now = cluster("l3")
@@ -217,8 +234,7 @@ def test_several_gateways_stand_each_for_its_own_network_and_none_moves_along() 
         now.networks["red"], name="amber", vni=79, ipv4="10.99.0.0/24", ipv6=None
     )
     now.networks["amber"] = amber
-    with_gateway(now, "amber")
-    now.gateways["amber"] = msgspec.structs.replace(now.gateways["amber"], host="h2")
+    with_gateway(now, "amber", "h2")
     before = dict(now.gateways)
     for host in ("h2", "h3", "h1"):
         now.vms["web"] = msgspec.structs.replace(now.vms["web"], host=host)

@@ -129,7 +129,8 @@ def test_an_outside_must_not_look_like_the_other_network() -> None:
     """Whichever came first, the policy or the gateway."""
     leg = Leg(bridge="out0", ipv4="10.43.0.9/24", via_ipv4="10.43.0.1")
     now = cluster()
-    now.gateways["red"] = chosen(now, "red", "h3", leg)
+    made = chosen(now, "red", "h3", leg)
+    now.gateways[made.key] = made
     assert codes(now) == ["overlap"]
     now = cluster(("red", "brown"))
     assert [e.code for e in gateway_blockers(now, chosen(now, "red", "h3", leg))] == ["overlap"]

@@ -337,6 +337,23 @@ def test_a_suspended_vm_moves_cold(lab: None) -> None:
     to_host("h1")
 
 
+@pytest.mark.req("R-12")
+@pytest.mark.req("R-47")
+def test_a_vm_moves_warm_under_streams(lab: None) -> None:
+    """R-12, R-47: checkpoints go by the hosts' own addresses; the move itself is the hot one."""
+    peers = [word for name in PEERS for word in ("--peer", name)]
+    ok("probe", "start", "web", "--rate", "600", "--lab", LAB, *peers)
+    options = ("--warm", "--interval", "500ms", "--checkpoints", "3", "--verify")
+    receipt = ok("vm", "migrate", "web", "--to", "h2", *options, "-o", "json")
+    total = json.loads(run("probe", "stop", "--lab", LAB, "-o", "json").stdout)["total"]
+    assert (total["lost"], total["duplicated"], total["out_of_order"]) == (0, 0, 0)
+    assert (receipt["mode"], receipt["outcome"]) == ("warm", "moved")
+    assert receipt["checkpoints"]["count"] == 3
+    assert receipt["memory"]["digest"]
+    assert receipt["tunnel_close_reason"] == "all peers acknowledged"
+    to_host("h1")
+
+
 def test_a_restarted_daemon_takes_its_tables_over(lab: None) -> None:
     """Not one packet is lost."""
     pinging = subprocess.Popen(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from overland.dataplane.namespace import path_of
+from tests.lab.chaos import Lab
 from tests.lab.command import ok, run, within
 from tests.lab.talk import Talk
 
@@ -89,11 +90,7 @@ def test_the_gateways_nve_holds_the_mapping_and_is_told_of_every_move(lab: None)
 @pytest.mark.req("N-23")
 @pytest.mark.parametrize("family", [4, 6])
 def test_the_way_out_is_router_gateway_outside(lab: None, family: int) -> None:
-    hops = guest(f"traceroute -{family} -n -q1 -w2 -m6 {FAR[family]}")
-    (gateway,) = ok("network", "gateway", "list", "-o", "json")
-    within = gateway["inside"].split(", ")[0 if family == 4 else 1]
-    found = re.findall(r"^ ?\d  (\S+)", hops, re.MULTILINE)
-    assert found == [ROUTER[family], within, FAR[family]]
+    assert hops(family) == [ROUTER[family], inside("h2")[family], FAR[family]]
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -184,9 +181,9 @@ def test_a_restarted_daemon_takes_its_gateway_over(lab: None) -> None:
 
 def test_what_cannot_be_is_refused_and_leaves_nothing(lab: None) -> None:
     """All reasons at once; of a bridge that is not there only its host can tell."""
-    second = run("lab", "outside", "red", "--host", "h3", "--name", LAB, "-o", "json")
+    second = run("lab", "outside", "red", "--host", "h2", "--name", LAB, "-o", "json")
     assert second.returncode == 3
-    assert "remove red" in second.stderr
+    assert "remove red --host h2" in second.stderr
     leg = ("--ipv4", "192.0.2.9/24", "--via-ipv4", "192.0.2.1")
     nowhere = run("network", "gateway", "add", "amber", "--host", "h1", "--bridge", "nil", *leg)
     assert nowhere.returncode != 0
@@ -197,13 +194,132 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(lab: None) -> None:
 
 
 def test_a_removed_gateway_leaves_nothing_and_may_come_back_elsewhere(lab: None) -> None:
-    ok("network", "gateway", "remove", "red")
+    ok("network", "gateway", "remove", "red", "--host", "h2")
     wait_for(lambda: not os.path.exists(path_of(GATEWAY)))
-    wait_for(lambda: "default" not in at(f"ovl-{LAB}-h1-r77", "ip", "route").stdout)
+    wait_for(lambda: at(f"ovl-{LAB}-h1-r77", "ip", "route", "get", FAR[4]).returncode != 0)
     assert at(OUTSIDE, "ping", "-c1", "-W1", VM[4]).returncode == 1
     ok("lab", "outside", "red", "--host", "h3", "--name", LAB)
     wait_for(lambda: at(OUTSIDE, "ping", "-c1", "-W1", VM[4]).returncode == 0)
     assert at(OUTSIDE, "ping", "-c1", "-W1", VM[6]).returncode == 0
+
+
+# ------------------------------------------------------------ two gateways, on h2 and h3
+
+
+def routed_outside_by(host: str) -> None:
+    """Outside it is settled by which gateway packets come in."""
+    legs = {each["host"]: each for each in ok("network", "gateway", "list", "-o", "json")}
+    for family, subnet in (("ipv4", "10.42.0.0/24"), ("ipv6", "fd42::/64")):
+        address = legs[host][family].partition("/")[0]
+        assert at(OUTSIDE, "ip", "route", "replace", subnet, "via", address).returncode == 0
+
+
+def gateway_of_web() -> str:
+    found = ok("network", "gateway", "tenants", "red", "-o", "json")
+    ((ipv4, ipv6),) = ((each["ipv4"], each["ipv6"]) for each in found if each["tenant"] == "web")
+    assert ipv4 == ipv6
+    return str(ipv4)
+
+
+def leaves_by(gateway: str) -> bool:
+    """Whether the router where web is sends what it says to outside to the one on `gateway`."""
+    router = f"ovl-{LAB}-{ok('vm', 'show', 'web', '-o', 'json')['host']}-r77"
+    to = inside(gateway)
+    return all(
+        f"via {to[family]} "
+        in at(router, "ip", "route", "get", FAR[family], "from", VM[family], "iif", "gw").stdout
+        for family in VM
+    )
+
+
+@pytest.fixture
+def talks(lab: None) -> Iterator[list[Talk]]:
+    """A connection from outside in each family, which must live through the test."""
+    echoes = (f"nc -ll -p {7100 + family} -e cat > /dev/null 2>&1 &" for family in VM)
+    guest(f"{' '.join(echoes)} sleep 1")
+    found = [Talk(OUTSIDE, VM[family], 7100 + family) for family in VM]
+    for talk in found:
+        talk.start()
+    yield found
+    for talk in found:
+        before = talk.answers
+        wait_for(lambda talk=talk, before=before: talk.answers > before or talk.failure)
+        talk.over.set()
+        talk.join(20)
+        talk.socket.close()
+        assert talk.failure == ""
+
+
+@pytest.mark.req("R-19")
+def test_with_two_gateways_a_move_changes_neither_and_connections_live(talks: list[Talk]) -> None:
+    """6-14: also a move to the host of the one that the VM does not use.
+
+    By that one packets may come in all the same: both are told before the VM stops.
+    """
+    ok("lab", "outside", "red", "--host", "h2", "--name", LAB)
+    assert gateway_of_web() == "h3", "a second gateway takes nobody from the first"
+    for by, to in (("h3", "h2"), ("h2", "h1")):
+        routed_outside_by(by)
+        before = [talk.answers for talk in talks]
+        receipt = migrated(to)
+        assert receipt["packets"]["dropped"] == {}
+        assert receipt["tunnel_close_reason"] == "all peers acknowledged"
+        assert all(talk.answers > was for talk, was in zip(talks, before, strict=True))
+        assert gateway_of_web() == "h3"
+        assert leaves_by("h3")
+    assert hops(6) == [ROUTER[6], inside("h3")[6], FAR[6]], "while all comes in by h2"
+
+
+@pytest.mark.req("R-19")
+@pytest.mark.req("N-11")
+def test_when_a_gateways_host_dies_its_tenants_leave_by_the_other(talks: list[Talk]) -> None:
+    """And stay there when it is back. A VM with correspondents outside may move meanwhile."""
+    ok("vm", "eligibility", "set", "web", "--outside", FAR[4], "--outside", FAR[6])
+    ok("network", "gateway", "assign", "red", "web", "--host", "h2")
+    wait_for(lambda: leaves_by("h2"))
+    with Lab(LAB).dead("h2"):
+        routed_outside_by("h3")
+        wait_for(lambda: leaves_by("h3"))
+        assert gateway_of_web() == "h3"
+        migrated("h3")
+    assert gateway_of_web() == "h3"
+    assert leaves_by("h3")
+
+
+def test_a_removed_gateway_gives_its_tenants_to_the_other(lab: None) -> None:
+    """Not one packet that goes out is lost: it is left by all before it is taken away.
+
+    Nobody is given one by half: what is not of the network is refused, and all with it.
+    """
+    wish = ("network", "gateway", "assign", "red", "web")
+    nobody = run(*wish, "nil", "--host", "h2")
+    assert (nobody.returncode, gateway_of_web()) == (3, "h3")
+    assert "nil" in nobody.stderr
+    ok(*wish, "--host", "h2")
+    wait_for(lambda: leaves_by("h2"))
+    pinging = subprocess.Popen(
+        ["ip", "netns", "exec", OUTSIDE, "ping", "-i0.01", "-W2", VM[4]],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    ok("network", "gateway", "remove", "red", "--host", "h2")
+    assert leaves_by("h3")
+    assert gateway_of_web() == "h3"
+    pinging.send_signal(2)
+    answered = re.findall(r"icmp_seq=(\d+)", pinging.communicate(timeout=20)[0])
+    assert [int(number) for number in answered] == list(range(1, len(answered) + 1))
+
+
+def hops(family: int) -> list[str]:
+    said = guest(f"traceroute -{family} -n -q1 -w2 -m6 {FAR[family]}")
+    return re.findall(r"^ ?\d  (\S+)", said, re.MULTILINE)
+
+
+def inside(host: str) -> dict[int, str]:
+    """The addresses in the VN of the gateway on `host`, by family."""
+    found = ok("network", "gateway", "list", "-o", "json")
+    (said,) = (each["inside"] for each in found if each["host"] == host)
+    return dict(zip((4, 6), said.split(", "), strict=True))
 
 
 def wait_for(condition: Any) -> None:

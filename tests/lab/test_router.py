@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from overland.dataplane.ila import Ila
 from overland.dataplane.linux import LinuxKernel
 from overland.dataplane.namespace import inside, path_of
 from overland.dataplane.nftables import Nftables
-from overland.dataplane.router import Routers
+from overland.dataplane.router import Entry, Routers
 from overland.dataplane.tap import TapTable
 from overland.model.nve import KernelState, NveIntent, RemoteIntent, TsiIntent, VnIntent
 from overland.nve.delta import delta
@@ -181,6 +182,109 @@ async def test_a_network_may_change_its_kind(kernel: LinuxKernel) -> None:
     flat = NveIntent(vns=(msgspec.structs.replace(vn, gateways=()),))
     for intent in (flat, routed(2), flat):
         await made_so(kernel, render(intent))
+
+
+WAYS = {"10.42.0.2": "fd42::2", "10.42.0.3": "fd42::3"}
+FAR = {4: "198.51.100.1", 6: "2001:db8:51::1"}
+
+
+def leaving(tenants: int, ways: tuple[str, ...] = tuple(WAYS)) -> NveIntent:
+    """Routed blue with gateways elsewhere, and tenants here that go out by the last of them."""
+    (vn,) = routed(0).vns
+    (web,) = vn.tsis
+    many = tuple(
+        msgspec.structs.replace(
+            web,
+            owner=f"t{n}",
+            mac=f"02:00:00:01:{n >> 8:02x}:{n & 255:02x}",
+            ipv4=f"10.42.{1 + (n >> 8)}.{n & 255}",
+            ipv6=f"fd42::1:{n:x}",
+            ways_out=(ways[-1], WAYS[ways[-1]]) if ways else (),
+        )
+        for n in range(tenants)
+    )
+    gateways = tuple(
+        RemoteIntent(
+            mac=f"02:00:00:00:ee:0{n}",
+            ipv4=way,
+            ipv6=WAYS[way],
+            nve="192.0.2.2",
+            version=1,
+            outside=("ipv4", "ipv6"),
+        )
+        for n, way in enumerate(ways)
+    )
+    return NveIntent(vns=(msgspec.structs.replace(vn, tsis=(web, *many), remotes=gateways),))
+
+
+def way_of(to: str, source: str) -> str:
+    """The next router for a packet that has come in; empty when it goes to nobody but `to`."""
+    command = f"ip -n {ROUTER} -j route get {to} from {source} iif gw"
+    found = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+    if found.returncode:
+        return "none"
+    (route,) = json.loads(found.stdout)
+    return str(route.get("gateway", ""))
+
+
+@pytest.mark.parametrize("family", [4, 6])
+async def test_each_tenant_leaves_the_vn_by_his_own_gateway(
+    kernel: LinuxKernel, family: int
+) -> None:
+    """6-14. What stays in the VN, or comes in from outside, asks for no gateway."""
+    first, second = ((v4, v6)[family == 6] for v4, v6 in WAYS.items())
+    web, other, nobody = (
+        {4: "10.42.200.1", 6: "fd42::200:1"}[family],
+        {4: "10.42.1.0", 6: "fd42::1:0"}[family],
+        {4: "10.42.9.9", 6: "fd42::9:9"}[family],
+    )
+    await made_so(kernel, render(leaving(1)))
+    assert way_of(FAR[family], other) == second
+    assert way_of(FAR[family], web) == first, "who has none goes by whichever"
+    assert (way_of(other, web), way_of(web, FAR[family]), way_of(other, FAR[family])) == ("",) * 3
+    assert way_of(nobody, web) == "none"
+    await made_so(kernel, render(leaving(1, tuple(WAYS)[:1])))
+    assert way_of(FAR[family], other) == first
+    await made_so(kernel, render(leaving(1, ())))
+    assert way_of(FAR[family], other) == "none"
+    rules = run(f"ip -n {ROUTER} -{family} rule")
+    assert len(rules.splitlines()) == {4: 3, 6: 2}[family], "the kernel's own"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        f"ip -n {ROUTER} rule del pref 40000 from 10.42.1.0",
+        f"ip -n {ROUTER} -6 rule del pref 40001",
+        f"ip -n {ROUTER} -6 rule add pref 40000 from fd42::1:1 lookup 2147483650",
+        f"ip -n {ROUTER} route del default via 10.42.0.3 table 2318008323",
+    ],
+)
+async def test_a_way_out_that_was_damaged_is_repaired(kernel: LinuxKernel, damage: str) -> None:
+    desired = render(leaving(1))
+    await made_so(kernel, desired)
+    run(damage)
+    await made_so(kernel, desired)
+    assert way_of(FAR[4], "10.42.1.0") == "10.42.0.3"
+
+
+async def test_a_default_route_from_before_gives_way_without_a_hole(kernel: LinuxKernel) -> None:
+    """One gateway was all that a VN could have, and the main table led to it."""
+    desired = render(leaving(1))
+    await made_so(kernel, desired)
+    run(f"ip -n {ROUTER} route add default via 10.42.0.2 dev gw proto static mtu 1400")
+    assert way_of(FAR[4], "10.42.1.0") == "10.42.0.2"
+    await made_so(kernel, desired)
+    assert way_of(FAR[4], "10.42.1.0") == "10.42.0.3"
+
+
+async def test_what_is_told_twice_is_done_once(kernel: LinuxKernel) -> None:
+    """A rule that another round has made meanwhile is no failure."""
+    ops = [op for op in delta(render(leaving(2)), KernelState()) if op.verb == "put"]
+    assert await kernel.apply(ops) == []
+    entries = [op for op in ops if isinstance(op.fact, Entry)]
+    assert await kernel.apply(entries) == []
+    assert delta(render(leaving(2)), await kernel.snapshot()) == ()
 
 
 def two(*allowed: int) -> NveIntent:

@@ -50,6 +50,8 @@ class Service(Protocol):
 
     async def create_gateway(self, wish: GatewayWish) -> Gateway: ...
 
+    async def delete_gateway(self, network: str, host: str) -> None: ...
+
     async def allow(self, one: str, other: str) -> tuple[Policy, list[str]]: ...
 
     async def deny(self, one: str, other: str) -> tuple[Policy, list[str]]: ...
@@ -93,6 +95,12 @@ class GatewayWish(Record, frozen=True, kw_only=True):
     network: str
     host: str
     leg: Leg
+
+
+class AssignWish(Record, frozen=True, kw_only=True):
+    """Body of POST /v1/gateways/NETWORK/HOST/tenants: these go out by that gateway."""
+
+    tenants: tuple[str, ...]
 
 
 class PolicyWish(Record, frozen=True, kw_only=True):
@@ -263,16 +271,31 @@ def _gateways(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/gateways")
     async def gateways() -> JSONResponse:
-        return _json(sorted(authority.cluster.gateways.values(), key=lambda each: each.network))
+        return _json(sorted(authority.cluster.gateways.values(), key=lambda each: each.key))
 
     @app.post("/v1/gateways", status_code=201)
     async def create_gateway(request: Request) -> JSONResponse:
         return _json(await service.create_gateway(await _body(request, GatewayWish)), 201)
 
-    @app.delete("/v1/gateways/{network}", status_code=204)
-    async def delete_gateway(network: str) -> Response:
-        await authority.delete_gateway(network)
+    @app.delete("/v1/gateways/{network}/{host}", status_code=204)
+    async def delete_gateway(network: str, host: str) -> Response:
+        await service.delete_gateway(network, host)
         return Response(status_code=204)
+
+    @app.get("/v1/gateways/{network}/tenants")
+    async def tenants(network: str) -> JSONResponse:
+        return _json(authority.gateway_tenants(network))
+
+    @app.post("/v1/gateways/{network}/spread")
+    async def spread(network: str) -> JSONResponse:
+        await authority.spread_gateways(network)
+        return _json(authority.gateway_tenants(network))
+
+    @app.post("/v1/gateways/{network}/{host}/tenants")
+    async def assign(network: str, host: str, request: Request) -> JSONResponse:
+        wish = await _body(request, AssignWish)
+        await authority.assign_gateway(network, host, wish.tenants)
+        return _json(authority.gateway_tenants(network))
 
 
 def _policies(app: FastAPI, service: Service) -> None:

@@ -1,4 +1,4 @@
-"""`overland network gateway`: the way between a routed network and the physical one."""
+"""`overland network gateway`: the ways between a routed network and the physical one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from overland.cli.client import Client
 from overland.cli.options import Api, Output
 from overland.cli.output import Format, done, show
 
-gateway = typer.Typer(no_args_is_help=True, help="The way out of a routed network.")
+gateway = typer.Typer(no_args_is_help=True, help="The ways out of a routed network.")
 COLUMNS = ("network", "host", "bridge", "ipv4", "ipv6", "via_ipv4", "via_ipv6", "inside")
+USERS = ("tenant", "ipv4", "ipv6")
 
 
 def row(gateway: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +48,37 @@ def listed(api: Api = None, output: Output = Format.table) -> None:
 
 
 @gateway.command("remove")
-def remove(network: str, api: Api = None, output: Output = Format.table) -> None:
-    """Cut a routed network off from the physical one."""
-    Client(api).call("DELETE", f"/v1/gateways/{network}")
-    done({"removed": f"gateway of network {network}"}, output)
+def remove(
+    network: str,
+    host: Annotated[str, typer.Option(help="where it is")],
+    api: Api = None,
+    output: Output = Format.table,
+) -> None:
+    """Take a gateway away; its tenants go out by the network's others, if there are any."""
+    Client(api).call("DELETE", f"/v1/gateways/{network}/{host}")
+    done({"removed": f"gateway of network {network} on host {host}"}, output)
+
+
+@gateway.command("tenants")
+def tenants(network: str, api: Api = None, output: Output = Format.table) -> None:
+    """By which gateway each tenant of a network goes out; gateways are named by their hosts."""
+    show(Client(api).call("GET", f"/v1/gateways/{network}/tenants"), output, USERS)
+
+
+@gateway.command("assign")
+def assign(
+    network: str,
+    names: Annotated[list[str], typer.Argument(metavar="TENANT...", help="VMs, endpoints")],
+    host: Annotated[str, typer.Option(help="where the gateway is")],
+    api: Api = None,
+    output: Output = Format.table,
+) -> None:
+    """Let tenants go out by another gateway; they keep it as long as it is there."""
+    path = f"/v1/gateways/{network}/{host}/tenants"
+    show(Client(api).call("POST", path, {"tenants": names}), output, USERS)
+
+
+@gateway.command("spread")
+def spread(network: str, api: Api = None, output: Output = Format.table) -> None:
+    """Share all tenants of a network evenly among its gateways; some change theirs."""
+    show(Client(api).call("POST", f"/v1/gateways/{network}/spread"), output, USERS)

@@ -185,19 +185,29 @@ def lead_outside(
     name: LabName = "lab",
     output: Output = Format.table,
 ) -> None:
-    """Give a routed network a gateway to the lab's outside; `lab exec outside` is a host there."""
+    """Give a routed network a gateway to the lab's outside; `lab exec outside` is a host there.
+
+    With several, the router outside sends to each of them.
+    """
     client = lab_client(name)
     networks = {each["name"]: each for each in client.call("GET", "/v1/networks")}
     subnets = {family: networks.get(network, {}).get(family) for family in outside.ROUTER}
-    legs = [each["leg"] for each in client.call("GET", "/v1/gateways")]
-    taken = [leg[family] for leg in legs for family in outside.ROUTER]
+    others = client.call("GET", "/v1/gateways")
+    taken = [each["leg"][family] for each in others for family in outside.ROUTER]
     leg = outside.free_leg(taken, [family for family, subnet in subnets.items() if subnet])
     try:
         outside.reach(name, host)
         wish = {"network": network, "host": host, "leg": leg}
         made = client.call("POST", "/v1/gateways", wish)
-        own = {family: leg[family].partition("/")[0] for family in subnets if family in leg}
-        outside.route(name, ((subnets[family], address) for family, address in own.items()))
+        legs = [each["leg"] for each in (*others, made) if each["network"] == network]
+        outside.route(
+            name,
+            {
+                subnet: [each[family].partition("/")[0] for each in legs if each[family]]
+                for family, subnet in subnets.items()
+                if subnet
+            },
+        )
     except labs.LabFailure as error:
         raise _failure(error) from None
     show(row(made), output)

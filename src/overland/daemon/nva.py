@@ -626,7 +626,7 @@ class Domain:
         gateway = await self.authority.create_gateway(wish.network, wish.host, wish.leg)
         networks = {gateway.network}
         if not await self._in_kernel(gateway.host, networks, gateway.owner, gateway.version):
-            await self.authority.delete_gateway(gateway.network)
+            await self.authority.delete_gateway(gateway.network, gateway.host)
             what, why = (
                 f"gateway of network {gateway.network}",
                 f"host {gateway.host} cannot make it",
@@ -634,6 +634,23 @@ class Domain:
             hint = f"is there a bridge {gateway.leg.bridge}? The log of its NVE has the reason"
             raise Blocked([Refused(code="failed", what=what, why=why, hint=hint)])
         return gateway
+
+    async def delete_gateway(self, network: str, host: str) -> None:
+        """Take it away once nobody goes out by it any more, so that nothing on its way is lost."""
+        await self.authority.leave_gateway(network, host)
+        with contextlib.suppress(TimeoutError):  # nobody waits longer for an NVE that is away
+            async with asyncio.timeout(ASSOCIATE_LIMIT_S), self._acks:
+                await self._acks.wait_for(lambda: self._all_have_their_tenants(network))
+        await self.authority.delete_gateway(network, host)
+
+    def _all_have_their_tenants(self, network: str) -> bool:
+        """Whether each NVE that is connected has its own in its kernel, with their ways out."""
+        view = self._view(network)
+        if view is None:
+            return True
+        hosts = (host for host in self._wire.hosts() if view.includes(host))
+        known = ((host, self._pushes.in_kernel(host, network)) for host in hosts)
+        return all(has is not None and view.same_tenants(host, has) for host, has in known)
 
     async def _stop_if_no_disks(self, vm: Vm) -> None:
         if vm.disks:

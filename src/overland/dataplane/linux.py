@@ -42,6 +42,7 @@ from overland.model.nve import (
     Passage,
     RouterNeighbour,
     TunnelEntry,
+    WayOut,
 )
 from overland.ports import KernelFailure
 
@@ -107,6 +108,7 @@ class LinuxKernel:
             router_neighbours=frozenset(e for e in routed if isinstance(e, RouterNeighbour)),
             host_routes=frozenset(e for e in routed if isinstance(e, HostRoute)),
             default_routes=frozenset(e for e in routed if isinstance(e, DefaultRoute)),
+            ways_out=frozenset(e for e in routed if isinstance(e, WayOut)),
             passages=frozenset(e for e in routed if isinstance(e, Passage)),
             muted=frozenset(Muted(port=port) for port in self._nft.muted()),
             in_transit=frozenset(

@@ -83,12 +83,14 @@ async def sweep(begin: str, device_of: Callable[[int], str]) -> None:
                 log.warning("%s", failure)
 
 
-async def batch(namespace: str, lines: Sequence[str]) -> dict[int, str]:
+async def batch(namespace: str, lines: Sequence[str], *options: str) -> dict[int, str]:
     """Run each line as an `ip` command in `namespace`, all in one process; the failed, with why.
 
-    Lines are counted from 0. One that fails does not keep the others from being run.
+    Lines are counted from 0. One that fails does not keep the others from being run. `options` are
+    those of `ip` for all of them, as `-6`.
     """
-    code, _, said = await _ip("-n", namespace, "-force", "-batch", "-", lines=lines)
+    arguments = ("-n", namespace, *options, "-force", "-batch", "-")
+    code, _, said = await _ip(*arguments, lines=lines)
     if code == 0:
         return {}
     failed: dict[int, str] = {}
@@ -101,9 +103,9 @@ async def batch(namespace: str, lines: Sequence[str]) -> dict[int, str]:
     return failed or dict.fromkeys(range(len(lines)), why)
 
 
-async def shown(namespace: str, lines: Sequence[str]) -> list[bytes]:
+async def shown(namespace: str, lines: Sequence[str], *options: str) -> list[bytes]:
     """The JSON that each `show` line prints in `namespace`; KernelFailure when it cannot."""
-    arguments = ("-n", namespace, "-j", "-batch", "-")
+    arguments = ("-n", namespace, *options, "-j", "-batch", "-")
     code, out, said = await _ip(*arguments, lines=lines)
     texts = out.splitlines()
     if code or len(texts) != len(lines):

@@ -3,6 +3,9 @@
 A packet goes in and out by the same device, `gw`: from the tenant to the gateway's MAC address, and
 on to the MAC address of the tenant it is for, which the bridge finds, here or behind another NVE.
 So a move changes nothing in here. Tables of two tenants cannot meet, for no device is in both.
+
+What no route of the VN is for goes out, if the VN has gateways: after the main table, which has no
+default route, rules lead each tenant that is here to the table of his own gateway.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import itertools
 import logging
 from collections.abc import Sequence
 
@@ -19,7 +23,7 @@ from pyroute2 import AsyncIPRoute
 from overland.dataplane import passage
 from overland.dataplane.devices import delete, exists, pair_into
 from overland.dataplane.namespace import NETNS, batch, run, set_knobs, shown, sweep
-from overland.model.names import GATEWAY_MAC, router_name, router_namespace
+from overland.model.names import GATEWAY_MAC, router_name, router_namespace, way_out_table
 from overland.model.nve import (
     DefaultRoute,
     HostRoute,
@@ -28,6 +32,7 @@ from overland.model.nve import (
     OpFailure,
     Passage,
     RouterNeighbour,
+    WayOut,
 )
 from overland.ports import KernelFailure
 
@@ -37,7 +42,7 @@ ICMP_INTERVAL_MS = 100
 
 log = logging.getLogger(__name__)
 
-Entry = HostRoute | DefaultRoute | RouterNeighbour
+Entry = HostRoute | DefaultRoute | RouterNeighbour | WayOut
 _SHOW = (
     f"route show table all dev {INNER} proto static",  # of all tables, or IPv4 alone is shown
     f"neigh show dev {INNER} nud permanent",
@@ -62,6 +67,13 @@ _KNOBS = {
     f"ipv6/conf/{INNER}/addr_gen_mode": 1,
 }
 _ABSENT = ("No such process", "No such file", "Cannot find device", "Cannot open network namespace")
+_DONE = {"put": ("File exists",), "remove": _ABSENT}
+"""Why `ip` refuses what is so already. Only rules can be there: all else is replaced."""
+
+_MAIN = 254
+_ANYBODY = {"-4": "0.0.0.0/0", "-6": "::/0"}
+_OF_ONE, _OF_ALL = 40_000, 40_001
+"""Priorities of rules, behind the main table's (32,766), so only what leaves the VN meets them."""
 
 
 def from_alias(alias: str) -> tuple[str, ...]:
@@ -72,12 +84,19 @@ def from_alias(alias: str) -> tuple[str, ...]:
 class _Route(msgspec.Struct):
     dst: str
     gateway: str = ""
+    table: str = "main"
     metrics: list[dict[str, int]] = []
 
 
 class _Neigh(msgspec.Struct):
     dst: str
     lladdr: str = ""
+
+
+class _Rule(msgspec.Struct):
+    priority: int
+    src: str
+    table: str = ""
 
 
 class Routers:
@@ -132,10 +151,14 @@ class Routers:
         namespace = router_namespace(self._prefix, name)
         try:
             routes, neighbours, devices = await shown(namespace, _SHOW)
+            entries = [_route(name, r) for r in msgspec.json.decode(routes, type=list[_Route])]
+            ways = [each for each in entries if isinstance(each, DefaultRoute)]
+            rules = await _rules(namespace, ways)
         except KernelFailure:
             return None
         return [
-            *(_route(name, each) for each in msgspec.json.decode(routes, type=list[_Route])),
+            *entries,
+            *rules,
             *(
                 RouterNeighbour(router=name, address=each.dst, mac=each.lladdr)
                 for each in msgspec.json.decode(neighbours, type=list[_Neigh])
@@ -152,18 +175,50 @@ class Routers:
             by_router.setdefault(op.fact.router, []).append(op)
         for name, mine in by_router.items():
             namespace = router_namespace(self._prefix, name)
-            failed = await batch(namespace, [_line(op) for op in mine])
-            failures += [
-                OpFailure(op=mine[at], why=why)
-                for at, why in failed.items()
-                if not (mine[at].verb == "remove" and any(each in why for each in _ABSENT))
-            ]
+            for options, each in itertools.groupby(mine, _options):
+                failures += await _apply(namespace, list(each), options)
         return failures
+
+
+async def _apply(namespace: str, ops: list[Op], options: tuple[str, ...]) -> list[OpFailure]:
+    failed = await batch(namespace, [_line(op) for op in ops], *options)
+    return [
+        OpFailure(op=ops[at], why=why)
+        for at, why in failed.items()
+        if not any(each in why for each in _DONE[ops[at].verb])
+    ]
+
+
+async def _rules(namespace: str, ways: list[DefaultRoute]) -> list[WayOut]:
+    """Who goes out by which of `ways`; a rule to anywhere else leads nowhere, and is no matter.
+
+    So a router without gateways need not be asked.
+    """
+    found = []
+    for family in ("-4", "-6"):
+        vias = {str(each.table): each for each in ways if (":" in each.via) == (family == "-6")}
+        if not vias:
+            continue
+        (rules,) = await shown(namespace, ["rule show"], family)
+        for rule in msgspec.json.decode(rules, type=list[_Rule]):
+            if rule.priority in (_OF_ONE, _OF_ALL) and rule.table in vias:
+                way = vias[rule.table]
+                source = _ANYBODY[family] if rule.src == "all" else rule.src
+                found.append(WayOut(router=way.router, source=source, via=way.via))
+    return found
+
+
+def _options(op: Op) -> tuple[str, ...]:
+    """Of rules, unlike routes, `ip` does not see by itself of which family they are."""
+    if isinstance(op.fact, WayOut):
+        return ("-6",) if ":" in op.fact.via else ("-4",)
+    return ()
 
 
 def _route(router: str, route: _Route) -> HostRoute | DefaultRoute:
     if route.dst == "default":
-        return DefaultRoute(router=router, via=route.gateway, mtu=_mtu(route))
+        table = _MAIN if route.table == "main" else int(route.table)
+        return DefaultRoute(router=router, via=route.gateway, mtu=_mtu(route), table=table)
     return HostRoute(router=router, address=route.dst, mtu=_mtu(route))
 
 
@@ -178,7 +233,12 @@ def _line(op: Op) -> str:
             return f"neigh {verb} {address} lladdr {mac} nud permanent dev {INNER}"
         case HostRoute(address=address, mtu=mtu):
             return f"route {verb} {address} dev {INNER} proto static mtu {mtu}"
-        case DefaultRoute(via=via, mtu=mtu):
-            return f"route {verb} default via {via} dev {INNER} proto static mtu {mtu}"
+        case DefaultRoute(via=via, mtu=mtu, table=table):
+            where = f"dev {INNER} table {table}"
+            return f"route {verb} default via {via} {where} proto static mtu {mtu}"
+        case WayOut(source=source, via=via):
+            verb = "add" if op.verb == "put" else "del"
+            of = _OF_ALL if source in _ANYBODY.values() else _OF_ONE
+            return f"rule {verb} from {source} lookup {way_out_table(via)} pref {of}"
         case _:
             raise AssertionError(op)

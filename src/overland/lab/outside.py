@@ -6,8 +6,9 @@ Documentation addresses (RFC 5737, RFC 3849), the same in every lab: namespaces 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+from overland.dataplane.namespace import set_knobs
 from overland.lab.lab import NETNS, LabFailure, ip
 from overland.lab.topology import endpoint_namespace
 
@@ -40,6 +41,7 @@ def reach(lab: str, host: str) -> None:
 
 def _make(namespace: str) -> None:
     ip(f"netns add {namespace}")
+    set_knobs(namespace, {"ipv4/fib_multipath_use_neigh": 1})  # IPv6 does so by itself
     ip(
         "link set lo up",
         f"link add {_LAN} type bridge",
@@ -62,7 +64,11 @@ def free_leg(taken: Iterable[str | None], families: Iterable[str]) -> dict[str, 
     return leg
 
 
-def route(lab: str, subnets: Iterable[tuple[str, str]]) -> None:
-    """Let the router outside send what is for each subnet to the gateway beside it."""
-    lines = [f"route replace {subnet} via {gateway}" for subnet, gateway in subnets]
-    ip(*lines, namespace=endpoint_namespace(lab, NAME))
+def route(lab: str, subnets: Mapping[str, Iterable[str]]) -> None:
+    """Let the router outside share what is for each subnet among the gateways beside it.
+
+    By both ends' addresses; those that do not answer are left out.
+    """
+    for subnet, gateways in subnets.items():
+        hops = " ".join(f"nexthop via {gateway}" for gateway in gateways)
+        ip(f"route replace {subnet} {hops}", namespace=endpoint_namespace(lab, NAME))

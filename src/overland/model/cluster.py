@@ -194,7 +194,7 @@ class Leg(Record, frozen=True, kw_only=True):
 
 
 class Gateway(Record, frozen=True, kw_only=True):
-    """The way between routed VN `network` and the physical network, on `host` (R-19).
+    """One way between routed VN `network` and the physical network, on `host` (R-19).
 
     `interface` is its place in the VN, where it is mapped like a tenant; `leg` the one outside.
     """
@@ -209,6 +209,29 @@ class Gateway(Record, frozen=True, kw_only=True):
     def owner(self) -> str:
         """Who it is in mappings; no VM can have such a name."""
         return f"gateway/{self.host}"
+
+    @property
+    def key(self) -> str:
+        """A VN has one on each host at most."""
+        return f"{self.network}/{self.host}"
+
+
+class WaysOut(Record, frozen=True, kw_only=True):
+    """By which of its gateways each tenant of VN `network` goes out in `family` (6-14).
+
+    Both `among` and `kept` name hosts. A tenant's gateway is its first choice among `among`, unless
+    `kept` has another: what it had before these were the gateways, or what an operator gave it.
+    """
+
+    network: str
+    family: Family
+    among: tuple[str, ...]
+    kept: dict[str, str] = {}
+
+    @property
+    def key(self) -> str:
+        """There is one of each family."""
+        return f"{self.network}/{self.family}"
 
 
 class Policy(Record, frozen=True, kw_only=True):

@@ -155,6 +155,14 @@ def leg_name(vni: int) -> str:
     return f"ovl{vni}"
 
 
+def way_out_table(via: str) -> int:
+    """Number of the routing table with the way out by the gateway whose address in the VN is `via`.
+
+    Away from the kernel's own tables; two addresses of a VN's gateways differ in their last bits.
+    """
+    return 1 << 31 | int(ipaddress.ip_address(via)) & (1 << 31) - 1
+
+
 def gateway_namespace(prefix: str, device: str) -> str:
     """Network namespace of the gateway behind port or leg `device`; `prefix` is the NVE's own."""
     return f"{prefix}-g{vni_of(device)}"

@@ -22,7 +22,8 @@ class TsiIntent(Record, frozen=True, kw_only=True):
     `associated`: everything is in place but nothing from it is let in. `activated`: in use.
     `index` counts the interfaces of one owner. `namespace` is set for an endpoint only.
     `in_transit`: what is sent to it here is dropped and counted (R-33). `leg` is set for a gateway
-    only, the VN's way out.
+    only. `ways_out` are the addresses in the VN of the gateways by which this tenant goes out, one
+    of each family at most.
     """
 
     owner: str
@@ -35,12 +36,13 @@ class TsiIntent(Record, frozen=True, kw_only=True):
     namespace: str | None = None
     in_transit: bool = False
     leg: Leg | None = None
+    ways_out: tuple[str, ...] = ()
 
 
 class RemoteIntent(Record, frozen=True, kw_only=True):
     """A tenant address behind another NVE; `nve` is that NVE's underlay address.
 
-    `outside`: the families in which it is the VN's way to everything that is not in the VN.
+    `outside`: the families in which it is a gateway, a way to everything that is not in the VN.
     """
 
     mac: str
@@ -201,11 +203,23 @@ class HostRoute(Record, frozen=True, kw_only=True):
 
 
 class DefaultRoute(Record, frozen=True, kw_only=True):
-    """In the router behind `router`, what is not in the VN goes to its gateway, tenant `via`."""
+    """In the router behind `router`, `table` leads what is not in the VN to a gateway, `via`."""
 
     router: str
     via: str
     mtu: int
+    table: int
+
+
+class WayOut(Record, frozen=True, kw_only=True):
+    """In the router behind `router`, what `source` sends out of the VN goes to gateway `via`.
+
+    `source` is a tenant's address, or everybody (0.0.0.0/0 or ::/0): whoever has no way of his own.
+    """
+
+    router: str
+    source: str
+    via: str
 
 
 class Passage(Record, frozen=True, kw_only=True):
@@ -245,6 +259,7 @@ Fact = (
     | RouterNeighbour
     | HostRoute
     | DefaultRoute
+    | WayOut
     | Passage
     | Muted
     | InTransit
@@ -263,6 +278,7 @@ class KernelState(Record, frozen=True, kw_only=True):
     router_neighbours: frozenset[RouterNeighbour] = frozenset()
     host_routes: frozenset[HostRoute] = frozenset()
     default_routes: frozenset[DefaultRoute] = frozenset()
+    ways_out: frozenset[WayOut] = frozenset()
     passages: frozenset[Passage] = frozenset()
     muted: frozenset[Muted] = frozenset()
     in_transit: frozenset[InTransit] = frozenset()

@@ -26,6 +26,7 @@ from overland.model.cluster import (
     Refused,
     Vm,
     VmState,
+    WaysOut,
 )
 from overland.model.eligibility import (
     Declaration,
@@ -38,16 +39,22 @@ from overland.model.eligibility import (
 from overland.model.forecast import Forecast
 from overland.model.handover import ENDED, Handover, MovingPort, Options, PhaseAt, is_up
 from overland.model.names import ila_name, port_name, vxlan_name
-from overland.nva import eligibility, rules, storage
+from overland.nva import eligibility, rules, storage, ways_out
 from overland.nva.cluster import Cluster
-from overland.nva.gateways import chosen, gateway_blockers, removal_blockers
+from overland.nva.gateways import (
+    assignment_blockers,
+    chosen,
+    gateway_blockers,
+    known_gateway,
+    removal_blockers,
+)
 from overland.nva.mapping import underlay_address
 from overland.nva.placement import Placement, drain_plan
 from overland.nva.policy import allow_blockers, known_blockers, pair
 from overland.ports import Conflict, Delete, Expect, Ledger, Put, StoreFailure
 
-Kept = Network | Host | Vm | Endpoint | Gateway | Policy | Eligibility | Handover
-T = TypeVar("T", Network, Host, Vm, Endpoint, Gateway, Policy, Eligibility, Handover)
+Kept = Network | Host | Vm | Endpoint | Gateway | WaysOut | Policy | Eligibility | Handover
+T = TypeVar("T", Network, Host, Vm, Endpoint, Gateway, WaysOut, Policy, Eligibility, Handover)
 
 
 class Blocked(Exception):
@@ -108,6 +115,8 @@ class Authority:
             self.cluster.vms[name] = storage.with_boot_disk(vm)
         await self._load("endpoint/", Endpoint, self.cluster.endpoints)
         await self._load("gateway/", Gateway, self.cluster.gateways)
+        await self._key_gateways()
+        await self._load("way_out/", WaysOut, self.cluster.ways_out)
         await self._load("policy/", Policy, self.cluster.policies)
         await self._load("eligibility/", Eligibility, self.cluster.eligibilities)
         moves: dict[str, Handover] = {}
@@ -124,6 +133,13 @@ class Authority:
                 raise StoreFailure(f"record {entry.key}: {error}") from None
             self._revisions[entry.key] = entry.revision
 
+    async def _key_gateways(self) -> None:
+        """A record from before a network could have several gateways has the network's key."""
+        for key in [key for key in self.cluster.gateways if "/" not in key]:
+            gateway = self.cluster.gateways.pop(key)
+            await self._write({f"gateway/{gateway.key}": gateway}, (f"gateway/{key}",))
+            self.cluster.gateways[gateway.key] = gateway
+
     async def _write(self, puts: dict[str, Kept], deletes: tuple[str, ...] = ()) -> None:
         expects = [
             Expect(key=key, revision=self._revisions.get(key, 0)) for key in (*puts, *deletes)
@@ -137,6 +153,19 @@ class Authority:
             self._revisions[key] = revision
         for key in deletes:
             self._revisions.pop(key, None)
+
+    async def _write_ways(
+        self, ways: ways_out.Changes, puts: dict[str, Kept], deletes: tuple[str, ...] = ()
+    ) -> None:
+        """Who goes out by which gateway changes in one transaction with the reason for it."""
+        every: dict[str, Kept] = {f"way_out/{key}": way for key, way in ways.items() if way}
+        gone = (f"way_out/{key}" for key, way in ways.items() if way is None)
+        await self._write(puts | every, (*deletes, *gone))
+        for key, way in ways.items():
+            if way is None:
+                del self.cluster.ways_out[key]
+            else:
+                self.cluster.ways_out[key] = way
 
     def _news(self, networks: frozenset[str]) -> None:
         """What has changed in these may be news to NVEs of those they may talk with, too."""
@@ -160,22 +189,57 @@ class Authority:
             del self.cluster.networks[name]
 
     async def create_gateway(self, network: str, host: str, leg: Leg) -> Gateway:
-        """Record the way out of `network`, its addresses in the VN chosen; Blocked if refused."""
+        """Record a way out of `network`, its addresses in the VN chosen; Blocked if refused.
+
+        Tenants that have one keep it.
+        """
         async with self._lock:
             gateway = chosen(self.cluster, network, host, leg)
             _stop_if(gateway_blockers(self.cluster, gateway))
-            await self._write({f"gateway/{network}": gateway})
-            self.cluster.gateways[network] = gateway
+            after = (*self.cluster.gateways_of(network), gateway)
+            ways = ways_out.settled(self.cluster, network, after)
+            await self._write_ways(ways, {f"gateway/{gateway.key}": gateway})
+            self.cluster.gateways[gateway.key] = gateway
         self._news(frozenset({network}))
         return gateway
 
-    async def delete_gateway(self, network: str) -> None:
-        """From now on nothing outside is reached from `network`."""
+    async def leave_gateway(self, network: str, host: str) -> None:
+        """From now on nobody goes out of `network` by its gateway on `host`, if it has others."""
         async with self._lock:
-            _stop_if(removal_blockers(self.cluster, network))
-            await self._write({}, (f"gateway/{network}",))
-            del self.cluster.gateways[network]
+            _stop_if(removal_blockers(self.cluster, network, host))
+            await self._write_ways(ways_out.left(self.cluster, network, host), {})
         self._news(frozenset({network}))
+
+    async def delete_gateway(self, network: str, host: str) -> None:
+        """From now on `network` is left by its other gateways, or not at all."""
+        async with self._lock:
+            _stop_if(removal_blockers(self.cluster, network, host))
+            after = (each for each in self.cluster.gateways_of(network) if each.host != host)
+            ways = ways_out.settled(self.cluster, network, after)
+            key = f"{network}/{host}"
+            await self._write_ways(ways, {}, (f"gateway/{key}",))
+            del self.cluster.gateways[key]
+        self._news(frozenset({network}))
+
+    async def assign_gateway(self, network: str, host: str, tenants: tuple[str, ...]) -> None:
+        """From now on `tenants` go out by the gateway on `host`; Blocked with every reason."""
+        async with self._lock:
+            _stop_if(assignment_blockers(self.cluster, network, host, tenants))
+            ways = ways_out.assigned(self.cluster, network, host, tenants)
+            await self._write_ways(ways, {})
+        self._news(frozenset({network}))
+
+    async def spread_gateways(self, network: str) -> None:
+        """From now on its gateways share the tenants of `network`; Blocked if it has none."""
+        async with self._lock:
+            _stop_if(known_gateway(self.cluster, network))
+            await self._write_ways(ways_out.spread(self.cluster, network), {})
+        self._news(frozenset({network}))
+
+    def gateway_tenants(self, network: str) -> list[dict[str, str | None]]:
+        """By which gateway, named by its host, each tenant of `network` goes out in each family."""
+        _stop_if(known_gateway(self.cluster, network))
+        return ways_out.shown(self.cluster, network)
 
     async def allow(self, one: str, other: str) -> Policy:
         """From now on tenants of these two VNs may talk; content with being told again."""
@@ -242,13 +306,17 @@ class Authority:
     async def keep_host(self, name: str) -> None:
         """Write what is known of host `name`, so that a restarted NVA knows where its tenants are.
 
-        Not whether its NVE is there: that is found out anew.
+        Not whether its NVE is there: that is found out anew. With one that is dead, or no longer,
+        gateways are lost or won.
         """
         async with self._lock:
             host = msgspec.structs.replace(self.cluster.hosts[name], ready=False, connected_ns=0)
-            if self._kept_hosts.get(name) != host:
-                await self._write({f"host/{name}": host})
+            ways = ways_out.all_settled(self.cluster)
+            if ways or self._kept_hosts.get(name) != host:
+                await self._write_ways(ways, {f"host/{name}": host})
                 self._kept_hosts[name] = host
+        if ways:
+            self._news(frozenset(key.partition("/")[0] for key in ways))
 
     # ------------------------------------------------------------ machines
 
@@ -286,7 +354,8 @@ class Authority:
             if known is not None:  # a VM that comes under its name later is another one
                 known = _forgotten(known, "NVA: the VM was deleted", time.time_ns())
                 puts[f"eligibility/{name}"] = known
-            await self._write(puts, (f"vm/{name}",))
+            ways = ways_out.without(self.cluster, name)
+            await self._write_ways(ways, puts, (f"vm/{name}",))
             del self.cluster.vms[name]
             if known is not None:
                 self.cluster.eligibilities[name] = known
@@ -366,7 +435,7 @@ class Authority:
                         )
                     ]
                 )
-            await self._write({}, (f"endpoint/{name}",))
+            await self._write_ways(ways_out.without(self.cluster, name), {}, (f"endpoint/{name}",))
             del self.cluster.endpoints[name]
         self._news(frozenset({endpoint.interface.network}))
 

@@ -17,6 +17,7 @@ from overland.model.cluster import (
     Record,
     Vm,
     VmState,
+    WaysOut,
 )
 from overland.model.eligibility import Eligibility
 from overland.model.handover import Handover, Marking, marking
@@ -49,7 +50,9 @@ class Cluster:
     vms: dict[str, Vm] = field(default_factory=dict)
     endpoints: dict[str, Endpoint] = field(default_factory=dict)
     gateways: dict[str, Gateway] = field(default_factory=dict)
-    """By network: there is one way out of each."""
+    """By network and host."""
+    ways_out: dict[str, WaysOut] = field(default_factory=dict)
+    """By network and family: who uses which of the gateways."""
     policies: dict[str, Policy] = field(default_factory=dict)
     """By the pair of networks."""
     eligibilities: dict[str, Eligibility] = field(default_factory=dict)
@@ -82,7 +85,6 @@ class Cluster:
                 version=endpoint.version,
                 namespace=endpoint.namespace,
             )
-
         for gateway in self.gateways.values():
             yield Tsi(
                 owner=gateway.owner,
@@ -93,6 +95,16 @@ class Cluster:
                 version=gateway.version,
                 leg=gateway.leg,
             )
+
+    def is_dead(self, host: str) -> bool:
+        """Whether host `host` is known to be dead."""
+        found = self.hosts.get(host)
+        return found is not None and found.dead
+
+    def gateways_of(self, network: str) -> list[Gateway]:
+        """The gateways of `network`, in the order of their hosts."""
+        mine = (each for each in self.gateways.values() if each.network == network)
+        return sorted(mine, key=lambda each: each.host)
 
     def near(self, networks: Iterable[str]) -> frozenset[str]:
         """These networks, and those whose tenants theirs may talk with (N-15)."""

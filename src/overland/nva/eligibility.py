@@ -10,7 +10,7 @@ import ipaddress
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from overland.model.cluster import Host, Interface, Network, Refused, Vm, VmState
+from overland.model.cluster import Family, Host, Interface, Network, Refused, Vm, VmState
 from overland.model.eligibility import (
     LONGEST_OUTAGE_MS,
     Eligibility,
@@ -22,6 +22,7 @@ from overland.model.receipt import outage_ms, timestamp
 from overland.nva.cluster import Cluster
 from overland.nva.mapping import underlay_address
 from overland.nva.subnets import subnets, within
+from overland.nva.ways_out import host_of
 
 NAMED = 5
 """How many peers a refusal names."""
@@ -209,21 +210,35 @@ def _outside(cluster: Cluster, vm: Vm) -> Iterator[Refused]:
 def kept_by(cluster: Cluster, vm: Vm, address: str) -> str | None:
     """Who stands for a correspondent's address or subnet, and can be told of a move; None: nobody.
 
-    A network in which the VM is or with which its networks may talk, or a gateway whose NVE is
-    there.
+    A network in which the VM is or with which its networks may talk, or the gateways of one: by
+    which of them a correspondent comes in is settled outside, so each one's NVE must be there.
     """
     asked = ipaddress.ip_network(address)
-    family = "ipv4" if asked.version == 4 else "ipv6"
+    family: Family = "ipv4" if asked.version == 4 else "ipv6"
     own = {each.network for each in vm.interfaces}
     for name in sorted(cluster.near(own) & cluster.networks.keys()):
         if any(within(asked, subnet) for subnet in subnets(cluster.networks[name])):
             return f"network {name}"
-    for name in sorted(own & cluster.gateways.keys()):
-        gateway = cluster.gateways[name]
-        host = cluster.hosts.get(gateway.host)
-        if family in gateway.leg.families() and host is not None and host.ready and not host.dead:
-            return f"gateway of network {name} on host {gateway.host}"
+    for name in sorted(own):
+        host = _gateway_that_is_told(cluster, name, family, vm.name)
+        if host is not None:
+            return f"gateway of network {name} on host {host}"
     return None
+
+
+def _gateway_that_is_told(
+    cluster: Cluster, network: str, family: Family, tenant: str
+) -> str | None:
+    """The host of the gateway by which `tenant` goes out, if all that serve `family` are there."""
+    serving = (g.host for g in cluster.gateways_of(network) if family in g.leg.families())
+    ready = {name: _ready(cluster, name) for name in serving if not cluster.is_dead(name)}
+    own = host_of(cluster.ways_out.get(f"{network}/{family}"), tenant)
+    return own if own in ready and all(ready.values()) else None
+
+
+def _ready(cluster: Cluster, name: str) -> bool:
+    host = cluster.hosts.get(name)
+    return host is not None and host.ready
 
 
 def _addresses(interface: Interface) -> str:

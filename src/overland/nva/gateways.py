@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 
 import msgspec
@@ -14,6 +14,7 @@ from overland.nva.cluster import Cluster
 from overland.nva.mapping import underlay_address
 from overland.nva.rules import completed, host_blockers, interface_blockers
 from overland.nva.subnets import outside_of, overlap, subnets
+from overland.nva.ways_out import tenants
 
 
 def chosen(cluster: Cluster, network: str, host: str, leg: Leg) -> Gateway:
@@ -40,10 +41,9 @@ def gateway_blockers(cluster: Cluster, wish: Gateway) -> Iterator[Refused]:
         why = f"network {network.name} is {network.kind}: only one of kind l3 has a gateway"
         hint = "`overland network create --kind l3`"
         yield Refused(code="not_routed", what=what, why=why, hint=hint)
-    there = cluster.gateways.get(wish.network)
-    if there is not None:
-        hint = f"`overland network gateway remove {wish.network}` first"
-        yield Refused(code="exists", what=what, why=f"it is on host {there.host}", hint=hint)
+    if wish.key in cluster.gateways:
+        hint = f"`overland network gateway remove {wish.network} --host {wish.host}` first"
+        yield Refused(code="exists", what=what, why=f"host {wish.host} has one", hint=hint)
     host = cluster.hosts.get(wish.host)
     if host is not None and underlay_address(host, network) is None:
         why = f"host {host.name} has no {network.underlay} underlay address"
@@ -55,16 +55,38 @@ def gateway_blockers(cluster: Cluster, wish: Gateway) -> Iterator[Refused]:
     yield from malformed or _overlaps(cluster, what, network, wish)
 
 
-def removal_blockers(cluster: Cluster, network: str) -> Iterator[Refused]:
-    """Why the gateway of `network` cannot be taken away now."""
+def known_gateway(cluster: Cluster, network: str, host: str | None = None) -> Iterator[Refused]:
+    """Whether `network` has a gateway at all, or on `host`."""
+    if not any(each.host == (host or each.host) for each in cluster.gateways_of(network)):
+        what, hint = f"gateway of network {network}", "`overland network gateway list` shows all"
+        why = f"host {host} has none" if host else "there is none"
+        yield Refused(code="unknown_gateway", what=what, why=why, hint=hint)
+
+
+def removal_blockers(cluster: Cluster, network: str, host: str) -> Iterator[Refused]:
+    """Why the gateway of `network` on `host` cannot be taken away now."""
     what = f"gateway of network {network}"
-    if network not in cluster.gateways:
-        hint = "`overland network gateway list` shows all"
-        yield Refused(code="unknown_gateway", what=what, why="there is none", hint=hint)
+    yield from known_gateway(cluster, network, host)
     for move in cluster.moves.values():
         if any(port.network == network for port in move.ports):
             why = f"migration {move.id} needs what it holds"
             yield Refused(code="move_in_progress", what=what, why=why, hint="wait for it")
+
+
+def assignment_blockers(
+    cluster: Cluster, network: str, host: str, names: Iterable[str]
+) -> Iterator[Refused]:
+    """Why these tenants of `network` cannot go out by its gateway on `host`."""
+    yield from known_gateway(cluster, network, host)
+    if cluster.is_dead(host):
+        hint = "choose another gateway"
+        yield Refused(code="host_dead", what=f"host {host}", why="it is dead", hint=hint)
+    there = tenants(cluster, network)
+    for name in names:
+        if name not in there:
+            hint = f"`overland network gateway tenants {network}` shows all"
+            why = f"it is no tenant of network {network}"
+            yield Refused(code="unknown_tenant", what=f"tenant {name}", why=why, hint=hint)
 
 
 def _malformed(what: str, network: Network, leg: Leg) -> Iterator[Refused]:
@@ -116,19 +138,20 @@ def _overlaps(cluster: Cluster, what: str, network: Network, wish: Gateway) -> I
             )
             yield Refused(code="overlap", what=what, why=why, hint="use other addresses")
     for other in cluster.gateways.values():
-        if other.network == network.name:
-            continue
         places = outside_of(other.leg)
         for address in _addresses(wish.leg):
-            if address in _addresses(other.leg):
-                why = f"{address} belongs to the gateway of network {other.network}"
+            if address in _addresses(other.leg) and other.key != wish.key:
+                why = f"{address} belongs to the gateway of network {other.network} on {other.host}"
                 yield Refused(code="address_taken", what=what, why=why, hint="choose another")
+        if other.network == network.name:
+            continue
         if not any(overlap(mine, theirs) for mine, theirs in product(outside, places)):
             continue
         for mine, theirs in product(inside, subnets(cluster.networks[other.network])):
             if overlap(mine, theirs):
                 why = f"{mine} overlaps {theirs} of network {other.network} on the same outside"
-                hint = f"`overland network gateway remove {other.network}`, or another outside"
+                remove = f"overland network gateway remove {other.network} --host {other.host}"
+                hint = f"`{remove}`, or another outside"
                 yield Refused(code="overlap", what=what, why=why, hint=hint)
 
 

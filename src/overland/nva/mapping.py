@@ -19,6 +19,7 @@ from overland.model.ila import own_address
 from overland.model.names import gateway_of
 from overland.model.nve import RemoteIntent, TsiIntent, VnChange, VnIntent
 from overland.nva.cluster import Cluster, Tsi
+from overland.nva.ways_out import Places, addresses, places
 
 
 def underlay_address(host: Host, network: Network) -> str | None:
@@ -59,10 +60,12 @@ class VnView:
         self._members = {n: at for n, at in self._addresses.items() if n not in dead}
         self._last: tuple[VnView, _Difference] | None = None
         self._here: dict[str, list[TsiIntent]] = defaultdict(list)
+        ways = places(cluster, network.name)
         for tsi in tsis:
-            self._here[tsi.host].append(_local(tsi, "activated" if tsi.active else "associated"))
+            here = _local(tsi, "activated" if tsi.active else "associated", ways)
+            self._here[tsi.host].append(here)
         for host, tsi in _coming(cluster, network, tsis):
-            self._here[host].append(_local(tsi, "associated"))
+            self._here[host].append(_local(tsi, "associated", ways))
         self._remotes = {
             tsi.interface.mac: (tsi.host, _remote(tsi, self._members[tsi.host]))
             for tsi in sorted(tsis, key=lambda tsi: tsi.interface.mac)
@@ -107,6 +110,10 @@ class VnView:
             gone=(*gone, *(remote.mac for at, remote in put if at == host)),
         )
 
+    def same_tenants(self, host: str, since: VnView) -> bool:
+        """Whether NVE `host`, which has `since`, has its own tenants as they must be."""
+        return since.includes(host) and self._tsis(host) == since._tsis(host)
+
     def versions_since(self, since: VnView) -> dict[str, int]:
         """The versions that are news to whoever has `since`."""
         return dict(self.versions.items() - since.versions.items())
@@ -145,7 +152,7 @@ def _coming(cluster: Cluster, network: Network, tsis: list[Tsi]) -> list[tuple[s
     ]
 
 
-def _local(tsi: Tsi, state: Literal["associated", "activated"]) -> TsiIntent:
+def _local(tsi: Tsi, state: Literal["associated", "activated"], ways: Places) -> TsiIntent:
     return TsiIntent(
         owner=tsi.owner,
         index=tsi.index,
@@ -157,6 +164,7 @@ def _local(tsi: Tsi, state: Literal["associated", "activated"]) -> TsiIntent:
         namespace=tsi.namespace,
         in_transit=tsi.marking == "all",
         leg=tsi.leg,
+        ways_out=() if tsi.leg else addresses(ways, tsi.owner),
     )
 
 

@@ -57,9 +57,8 @@ def _meet(cluster: Cluster, policy: Policy, one: Network, other: Network) -> Ite
         for subnet in subnets(cluster.networks[name])
         if name != one.name or one.name < other.name  # of the two themselves it is said once
     ]
-    gateway = cluster.gateways.get(one.name)
-    if gateway is not None:
-        reached += [(f"the outside of {one.name}", place) for place in outside_of(gateway.leg)]
+    outside = {p for gateway in cluster.gateways_of(one.name) for p in outside_of(gateway.leg)}
+    reached += [(f"the outside of {one.name}", place) for place in sorted(outside, key=str)]
     for (whose, there), subnet in product(reached, subnets(other)):
         if overlap(there, subnet):
             why = f"{subnet} of network {other.name} overlaps {there} of {whose}"

@@ -118,7 +118,7 @@ def network_in_use(cluster: Cluster, name: str) -> Iterator[Refused]:
         if tsi.interface.network == name:
             hint = f"delete {tsi.owner} first"
             if tsi.kind == "gateway":
-                hint = f"`overland network gateway remove {name}`"
+                hint = f"`overland network gateway remove {name} --host {tsi.host}`"
             yield _no("in_use", f"network {name}", f"{tsi.owner} is attached", hint)
     for policy in cluster.policies.values():
         if name in policy.networks:
@@ -512,7 +512,7 @@ def _deaf_peers(cluster: Cluster, vm: Vm, to: str) -> Iterator[Refused]:
     for name in sorted(places - {vm.host, to}):
         host = cluster.hosts.get(name)
         if host is not None and not host.ready and not host.dead:
-            why = "it has tenants or the gateway of the VM's network, and its NVE does not answer"
+            why = "it has tenants or a gateway of the VM's network, and its NVE does not answer"
             yield _no("peer_not_ready", f"host {name}", why, "start its NVE daemon")
 
 

@@ -26,6 +26,7 @@ from overland.model.nve import (
     Passage,
     RouterNeighbour,
     TunnelEntry,
+    WayOut,
 )
 
 _LINK_ORDER = {
@@ -60,6 +61,7 @@ def _facts(state: KernelState) -> frozenset[Fact]:
         | state.router_neighbours
         | state.host_routes
         | state.default_routes
+        | state.ways_out
         | state.passages
         | state.muted
         | state.in_transit
@@ -85,8 +87,10 @@ def _slot(fact: Fact) -> Hashable:  # noqa: C901 - one row for each kind of fact
             return ("router neighbour", router, address)
         case HostRoute(router=router, address=address):
             return ("route", router, address)
-        case DefaultRoute(router=router, via=via):
-            return ("default route", router, ":" in via)
+        case DefaultRoute(router=router, via=via, table=table):
+            return ("default route", router, via, table)
+        case WayOut(router=router, source=source, via=via):
+            return ("way out", router, source, via)
         case Passage(router=router, other=other):
             return ("passage", router, other)
         case Muted(port=port):
@@ -97,7 +101,7 @@ def _slot(fact: Fact) -> Hashable:  # noqa: C901 - one row for each kind of fact
             raise AssertionError(fact)
 
 
-def _put_order(op: Op) -> tuple[int, int, str]:
+def _put_order(op: Op) -> tuple[int, int, str]:  # noqa: C901 - one row for each kind of fact
     match op.fact:
         case Muted(port=port):
             return (0, 0, port)
@@ -119,20 +123,24 @@ def _put_order(op: Op) -> tuple[int, int, str]:
             return (6, 0, router + address)
         case DefaultRoute(router=router, via=via):
             return (7, 0, router + via)
+        case WayOut(router=router, source=source):
+            return (8, int(":" in source), router + source)
         case Passage(router=router, other=other):
-            return (8, 0, router + other)
+            return (9, 0, router + other)
         case _:
             raise AssertionError(op)
 
 
-def _remove_order(op: Op) -> tuple[int, int, str]:
+def _remove_order(op: Op) -> tuple[int, int, str]:  # noqa: C901 - one row for each kind of fact
     match op.fact:
         case Muted(port=port):
             return (0, 0, port)
+        case WayOut(router=router, source=source):
+            return (0, 1 + int(":" in source), router + source)
         case DefaultRoute(router=router, via=via):
-            return (0, 1, router + via)
+            return (0, 3, router + via)
         case Passage(router=router, other=other):
-            return (0, 2, router + other)
+            return (0, 4, router + other)
         case HostRoute(router=router, address=address):
             return (1, 0, router + address)
         case RouterNeighbour(router=router, address=address):

@@ -8,6 +8,7 @@ from ipaddress import ip_interface
 from itertools import product
 from typing import Literal
 
+from overland.model.cluster import Family
 from overland.model.names import (
     GATEWAY_MAC,
     ROUTER_MTU_BYTES,
@@ -19,6 +20,7 @@ from overland.model.names import (
     port_name,
     router_name,
     vxlan_name,
+    way_out_table,
 )
 from overland.model.nve import (
     FLOOD,
@@ -40,6 +42,7 @@ from overland.model.nve import (
     TsiIntent,
     TunnelEntry,
     VnIntent,
+    WayOut,
 )
 
 
@@ -57,6 +60,7 @@ def render(intent: NveIntent) -> KernelState:
         router_neighbours=frozenset(f for f in facts if isinstance(f, RouterNeighbour)),
         host_routes=frozenset(f for f in facts if isinstance(f, HostRoute)),
         default_routes=frozenset(f for f in facts if isinstance(f, DefaultRoute)),
+        ways_out=frozenset(f for f in facts if isinstance(f, WayOut)),
         passages=frozenset(f for f in facts if isinstance(f, Passage)),
         muted=frozenset(f for f in facts if isinstance(f, Muted)),
         in_transit=frozenset(f for f in facts if isinstance(f, InTransit)),
@@ -87,6 +91,7 @@ def _vn(vn: VnIntent) -> Iterator[Fact]:
             yield BridgeEntry(bridge=bridge, mac=remote.mac, port=device)
             yield from _known(vn, remote)
     yield from _in_transit(vn)
+    yield from _ways_out(vn)
 
 
 def _device(vn: VnIntent) -> str:
@@ -177,18 +182,39 @@ def _known(vn: VnIntent, tenant: TsiIntent | RemoteIntent) -> Iterator[Fact]:
             router = router_name(vn.vni)
             yield RouterNeighbour(router=router, address=address, mac=tenant.mac)
             yield HostRoute(router=router, address=address, mtu=vn.mtu)
-            if _is_way_out(tenant, address):
-                yield DefaultRoute(router=router, via=address, mtu=vn.mtu)
         else:
             yield Neighbour(bridge=bridge_name(vn.vni), address=address, mac=tenant.mac)
 
 
-def _is_way_out(tenant: TsiIntent | RemoteIntent, address: str) -> bool:
-    if isinstance(tenant, RemoteIntent):
-        families = tenant.outside
-    else:
-        families = tenant.leg.families() if tenant.leg else ()
-    return ("ipv6" if ":" in address else "ipv4") in families
+def _ways_out(vn: VnIntent) -> Iterator[DefaultRoute | WayOut]:
+    """A table for each gateway, and to it whoever is here and goes out by it.
+
+    Who is not here sends nothing through this router. Where he goes who has no way of his own is
+    for the router itself, which tells correspondents outside what it could not deliver.
+    """
+    router = router_name(vn.vni)
+    families: tuple[tuple[Family, str], ...] = (("ipv4", "0.0.0.0/0"), ("ipv6", "::/0"))
+    for family, anybody in families:
+        vias = sorted(_gateways(vn, family), key=ipaddress.ip_address)
+        for via in vias:
+            yield DefaultRoute(router=router, via=via, mtu=vn.mtu, table=way_out_table(via))
+        for via in vias[:1]:
+            yield WayOut(router=router, source=anybody, via=via)
+        for tsi, via in product(vn.tsis, vias):
+            source = _address(tsi, family)
+            if source and via in tsi.ways_out:
+                yield WayOut(router=router, source=source, via=via)
+
+
+def _gateways(vn: VnIntent, family: Family) -> Iterator[str]:
+    """The addresses in the VN of those that lead outside in `family`, here and elsewhere."""
+    found = [_address(tsi, family) for tsi in vn.tsis if tsi.leg and family in tsi.leg.families()]
+    found += [_address(remote, family) for remote in vn.remotes if family in remote.outside]
+    yield from filter(None, found)
+
+
+def _address(tenant: TsiIntent | RemoteIntent, family: Family) -> str | None:
+    return tenant.ipv4 if family == "ipv4" else tenant.ipv6
 
 
 def _name(vn: VnIntent, tsi: TsiIntent) -> str:
