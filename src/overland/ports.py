@@ -329,6 +329,14 @@ class Hypervisor(Protocol):
         """Give up sending memory and disks. The VM stays as it is: running, or stopped."""
         ...
 
+    async def attach_disks(self, vm: Vm) -> None:
+        """Give a copy that was received its disks that other hosts have; content with its having.
+
+        Before it runs, and only once they are offered to this host. HypervisorFailure when one is
+        not reached.
+        """
+        ...
+
     async def offer_disks(self, vm: Vm, listen: str) -> str:
         """Let the old host write the images of a copy that waits; the URI to write them at."""
         ...

@@ -74,7 +74,8 @@ class Images:
 
     async def make_missing(self, vm: Vm) -> None:
         """Make what a VM declares with a size and does not have here yet."""
-        missing = [d for d in vm.disks if d.size_bytes and not self.path(d).exists()]
+        here = [disk for disk in vm.disks if disk.size_bytes and not disk.uri]
+        missing = [disk for disk in here if not self.path(disk).exists()]
         await self.make(vm.name, missing)
 
     async def _made(self, vm: str, disk: Disk, path: Path) -> None:

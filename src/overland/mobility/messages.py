@@ -344,6 +344,12 @@ class Acknowledged(Record, frozen=True, kw_only=True, tag=True):
     marking: Marking = "none"
 
 
+class Served(Record, frozen=True, kw_only=True, tag=True):
+    """NVE `nve` offers the images on its host as the records say now, and no others to anybody."""
+
+    nve: str
+
+
 class Back(Record, frozen=True, kw_only=True, tag=True):
     """NVE `nve` is connected (again): what it was told before may not have arrived."""
 
@@ -369,7 +375,16 @@ class Tick(Record, frozen=True, kw_only=True, tag=True):
 
 
 CoordinatorEvent = (
-    AnyReport | Start | Back | Committed | CommitRefused | Acknowledged | Lost | Abort | Tick
+    AnyReport
+    | Start
+    | Back
+    | Committed
+    | CommitRefused
+    | Acknowledged
+    | Served
+    | Lost
+    | Abort
+    | Tick
 )
 
 
@@ -399,8 +414,12 @@ class Publish(Record, frozen=True, kw_only=True, tag=True):
     """Effect: tell the subscribers of the VM's networks what the journalled record now means."""
 
 
-CoordinatorEffect = Tell | Commit
-ColdEffect = Ask | Commit | Publish
+class Serve(Record, frozen=True, kw_only=True, tag=True):
+    """Effect: have the hosts with images that stay offer them as the records say now."""
+
+
+CoordinatorEffect = Tell | Commit | Serve
+ColdEffect = Ask | Commit | Publish | Serve
 
 # ------------------------------------------------------------ effects and answers at an NVE
 
@@ -499,6 +518,10 @@ class WithdrawDisks(Do, frozen=True, kw_only=True, tag=True):
 
 class KeepDisks(Do, frozen=True, kw_only=True, tag=True):
     """The move is committed: the images made for the copy are the VM's."""
+
+
+class AttachDisks(Do, frozen=True, kw_only=True, tag=True):
+    """The move is committed: the disks that stay are reached where they are, under its version."""
 
 
 class RemoveDisks(Do, frozen=True, kw_only=True, tag=True):

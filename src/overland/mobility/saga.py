@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from overland.mobility.messages import AnyOrder, Tell
+from overland.model.cluster import left_at
 from overland.model.handover import (
     COLD_LEGAL,
     LEGAL,
@@ -25,6 +26,14 @@ CLOSE_LIMIT_S = 10.0
 def involved(record: Handover) -> tuple[str, ...]:
     """All NVEs of a move: old, new, then peers."""
     return (record.old_nve, record.new_nve, *record.peers)
+
+
+def unserved(record: Handover) -> frozenset[str]:
+    """Hosts with images that stay, and of which nobody knows yet that they are the new host's.
+
+    The VM does not run before: its former host might still write them (R-14).
+    """
+    return left_at(record.vm) - record.served
 
 
 def names(seen: tuple[Acknowledgement, ...]) -> frozenset[str]:

@@ -301,16 +301,16 @@ class Transfer(Record, frozen=True, kw_only=True):
 
 
 class Handover(Record, frozen=True, kw_only=True):
-    """One move of one VM. Instants are CLOCK_REALTIME ns, 0 while they have not come.
-
-    `held_ns`: the old VM stopped receiving (gate closed). `stop_ns`, `resume_ns`: QEMU's events.
-    `equal_ns`: the new copy is whole, both are stopped (R-09). `marked`: who has the address in
-    transit in its kernel. `ends_as`: the state of the VM after a cold move. `waiting` names the
-    NVEs whose answer the present phase needs. `forecast`: what was expected before. `grounds`: why
-    it could begin, and who knew that. `restored`: an abort has the VM back at the old host. `lost`:
-    the old host is dead, or fenced by hand, so nobody restores anything. `closing`: everybody was
-    told to clean up; `unclosed`: who was given up before he said that he has. `deadline_s` is
-    compared with Tick. `uri` takes the memory, `keep_uri` the checkpoints of a warm move.
+    """One move of one VM. Instants are CLOCK_REALTIME ns, 0 while they have not come. `held_ns`:
+    the old VM stopped receiving (gate closed). `stop_ns`, `resume_ns`: QEMU's events. `equal_ns`:
+    the new copy is whole, both are stopped (R-09). `marked`: who has the address in transit in its
+    kernel. `ends_as`: the state of the VM after a cold move. `waiting` names the NVEs whose answer
+    the present phase needs. `served`: who has said since the commit that it offers the images that
+    stay there to the new host. `forecast`: what was expected before. `grounds`: why it could begin,
+    and who knew that. `restored`: an abort has the VM back at the old host. `lost`: the old host is
+    dead, or fenced by hand, so nobody restores anything. `closing`: everybody was told to clean up;
+    `unclosed`: who was given up before he said that he has. `deadline_s` is compared with Tick.
+    `uri` takes the memory, `keep_uri` the checkpoints of a warm move.
     """
 
     id: str
@@ -339,6 +339,7 @@ class Handover(Record, frozen=True, kw_only=True):
     closed_ns: int = 0
     marked: tuple[Acknowledgement, ...] = ()
     ends_as: VmState = "running"
+    served: frozenset[str] = frozenset()
     steered: tuple[Acknowledgement, ...] = ()
     acknowledged: tuple[Acknowledgement, ...] = ()
     fenced: tuple[str, ...] = ()

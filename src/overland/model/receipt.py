@@ -63,6 +63,11 @@ def receipt(record: Handover) -> dict[str, Any]:
             "sent_bytes": record.storage.sent_bytes,
             "resent_bytes": record.storage.resent_bytes,
             "digests": record.digest_new.split(" ")[1:],
+            "left": [
+                {"disk": disk.path, "at": disk.at}
+                for disk in record.vm.disks
+                if disk.kind == "left"
+            ],
         },
         "packets": {
             "held": packets.held,

@@ -229,7 +229,7 @@ class Authority:
         if name not in self.cluster.hosts:
             _stop_if(rules.host_blockers(self.cluster, name))
         plan, refused = drain_plan(self.cluster, name)
-        _stop_if(refused)
+        _stop_if((*storage.drain_blockers(self.cluster, name), *refused))
         return plan
 
     async def drain(self, name: str, *, drained: bool) -> None:
@@ -518,8 +518,14 @@ class Authority:
             point, vm = self.recovery_point(name), self._vm(name)
             _stop_if(rules.recover_blockers(self.cluster, name, point, fenced=fenced))
             assert point is not None
+            host, version = keeper(point), point.version + 1
+            assert host is not None
             vm = msgspec.structs.replace(
-                vm, host=keeper(point), version=point.version + 1, state="preparing"
+                vm,
+                host=host,
+                version=version,
+                state="preparing",
+                disks=storage.settled(vm.disks, host, version),
             )
             await self._write({f"vm/{name}": vm})
             self.cluster.vms[name] = vm
@@ -656,7 +662,11 @@ class Authority:
                 raise Conflict(f"vm {record.vm.name} is not at version {record.version - 1}")
             state = vm.state if record.mode == "cold" else "running"
             vm = msgspec.structs.replace(
-                vm, version=record.version, host=record.new_nve, state=state
+                vm,
+                version=record.version,
+                host=record.new_nve,
+                state=state,
+                disks=storage.after_move(vm, record),
             )
             if record.phase in ENDED:  # at rest: with the commit all is done
                 vm = msgspec.structs.replace(vm, move=None, state=_state_after(record, vm))

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from overland.mobility import cold, coordinator
 from overland.mobility import messages as m
-from overland.model.cluster import Vm, VmState
+from overland.model.cluster import Vm, VmState, left_at
 from overland.model.handover import ENDED, Handover, Marking, committed, marking
 from overland.nva.mapping import VnView
 from overland.ports import Conflict, StoreFailure
@@ -53,17 +53,19 @@ class Records(Protocol):
 
 
 class Handovers:
-    """All open moves of the domain."""
+    """All open moves of the domain. `serve` has these hosts offer their images as records say."""
 
     def __init__(
         self,
         records: Records,
         tell: Callable[[str, m.AnyOrder | m.ColdOrder], None],
         changed: Callable[[Handover], None],
+        serve: Callable[[frozenset[str]], None],
     ) -> None:
         self._records = records
         self._tell = tell
         self._changed = changed
+        self._serve = serve
         self._open: dict[str, _Move] = {}
 
     async def recover(self) -> None:
@@ -74,7 +76,7 @@ class Handovers:
 
     def begin(self, record: Handover) -> None:
         """Start or continue a journalled move."""
-        move = _Move(record, self._records, self._tell, self._changed)
+        move = _Move(record, self._records, self._tell, self._changed, self._serve)
         self._open[record.id] = move
         move.post(m.Start())
         task = asyncio.create_task(move.run())
@@ -104,6 +106,12 @@ class Handovers:
             found = marked_at(move.record, view, has_part)
             if found is not None:
                 move.post(m.Acknowledged(nve=nve, at_ns=time.time_ns(), marking=found))
+
+    def served(self, nve: str) -> None:
+        """NVE `nve` offers its images as the records say now: in a committed move, as that says."""
+        for move in self._open.values():
+            if move.record.commit_ns and nve in left_at(move.record.vm):
+                move.post(m.Served(nve=nve))
 
     def lost(self, nve: str, *, dead: bool) -> None:
         """The lease of NVE `nve` has ended; `dead`: nobody hears its host either."""
@@ -140,11 +148,13 @@ class _Move:
         records: Records,
         tell: Callable[[str, m.AnyOrder | m.ColdOrder], None],
         changed: Callable[[Handover], None],
+        serve: Callable[[frozenset[str]], None],
     ) -> None:
         self.record = record
         self._records = records
         self._tell = tell
         self._changed = changed
+        self._serve = serve
         self._events: asyncio.Queue[m.CoordinatorEvent] = asyncio.Queue()
         self._published = False
         self._ticked_s = time.monotonic()
@@ -231,6 +241,8 @@ class _Move:
                     self._tell(nve, order)
                 case m.Publish():
                     self._records.publish(self.record)
+                case m.Serve():
+                    self._serve(left_at(self.record.vm))
                 case m.Commit():
                     pass
 

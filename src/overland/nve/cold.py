@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Protocol, assert_never
 
 from overland.mobility import messages as m
-from overland.model.cluster import Vm, moved_disks
+from overland.model.cluster import Vm, moved_disks, seen_from
 from overland.model.handover import Memory, Packets, Storage, has_state, is_up
 from overland.model.names import bridge_name
 from overland.model.ticket import Seal, Ticket, ticket_refusal
@@ -168,7 +168,8 @@ class ColdSteps:
                 for port in order.ports:
                     await self._ground.ready(port.port)
                 ports = [port.port for port in order.ports]
-                at_ns = await self._hypervisor.wake(order.vm, ports)
+                vm = seen_from(order.vm, self._nve, order.version)
+                at_ns = await self._hypervisor.wake(vm, ports)
                 self._seen(order.vm.name, order.vm.state)
         except PortFailure as failure:
             return m.Crashed(move=order.move, nve=self._nve, why=str(failure))
@@ -186,7 +187,8 @@ class ColdSteps:
         name = order.vm.name
         here = await self._hypervisor.state(name) or await self._hypervisor.saved_bytes(name)
         if here:  # else it has crashed meanwhile, which has been said
-            await self._hypervisor.back_to(order.vm, [port.port for port in order.ports])
+            vm = seen_from(order.vm, self._nve)
+            await self._hypervisor.back_to(vm, [port.port for port in order.ports])
             self._seen(name, order.vm.state)
 
     async def _drop_taken(self, order: m.ColdOrder) -> None:
