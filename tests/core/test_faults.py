@@ -167,7 +167,7 @@ class FullDisk:
 async def test_nobody_is_told_to_close_before_that_is_written() -> None:
     """HO-48: a restarted NVA must not go on from a record whose NVEs have forgotten the move."""
     records = FullDisk()
-    told: list[m.AnyOrder | m.ColdOrder] = []
+    told: list[m.AnyOrder | m.ColdOrder | m.DiskOrder] = []
     moves = Handovers(records, lambda _, order: told.append(order), lambda _: None, lambda _: None)
     moves.begin(msgspec.structs.replace(in_phase("drained"), closing=False, deadline_s=0.0))
     await until(lambda: any(record.closing for record in records.refused))
@@ -186,7 +186,7 @@ async def test_a_full_disk_aborts_the_move_and_says_so(phase: str, why: str) -> 
     HO-68: one whose VM has been stopped turns back with the restart itself.
     """
     records = FullDisk()
-    told: list[tuple[str, m.AnyOrder | m.ColdOrder]] = []
+    told: list[tuple[str, m.AnyOrder | m.ColdOrder | m.DiskOrder]] = []
     moves = Handovers(
         records, lambda nve, order: told.append((nve, order)), lambda _: None, lambda _: None
     )

@@ -119,7 +119,7 @@ def test_an_image_on_another_host_neither_goes_along_nor_is_shared(choice: DiskC
     vm = storage.chosen(AWAY, choice, (THERE,))
     found = list(storage.move_blockers(Cluster(), vm, NEW, (THERE,), (NOTHING,), {}))
     assert [each.code for each in found] == ["disk_elsewhere"]
-    assert f"--to {FAR}" in found[0].hint
+    assert "`overland vm disk move web data --to h1`" in found[0].hint
 
 
 @pytest.mark.req("R-14")
@@ -142,7 +142,7 @@ def test_a_host_with_images_of_others_is_not_drained() -> None:
     [exported] = storage.drain_blockers(cluster, FAR)
     assert (exported.code, exported.what) == ("exports_disk", f"host {FAR}")
     assert "vm web" in exported.why
-    assert f"--to {FAR}" in exported.hint
+    assert exported.hint == "`overland vm disk move web data --to h1`"
     [leaving] = storage.drain_blockers(cluster, OLD)
     assert (leaving.code, leaving.what) == ("leaves_disk", "vm db")
     assert "--with-storage" in leaving.hint

@@ -540,3 +540,101 @@ def test_what_is_declared_to_stay_stays_and_its_host_is_free_again_without_the_v
     check = ["qemu-img", "check", "-q", str(image)]
     wait_for(lambda: subprocess.run(check, capture_output=True, check=False).returncode == 0)
     image.unlink()
+
+
+# ---------------------------------------------------------------- a disk that moves alone
+
+
+def devices() -> set[str]:
+    """Names of the network devices of all hosts."""
+    found: set[str] = set()
+    for host in ("h1", "h2", "h3"):
+        shown = ["ip", "-n", f"ovl-{LAB}-{host}", "-o", "link"]
+        out = subprocess.run(shown, capture_output=True, text=True, check=True).stdout
+        found |= {line.split(": ")[1].split("@")[0] for line in out.splitlines()}
+    return found
+
+
+def bring(*options: str) -> Any:
+    return ok("vm", "disk", "move", "db", "data.raw", "--to", place("db"), *options)
+
+
+def being_copied(first: str) -> str:
+    """Begin to bring the disk of `db` to it, slowly; the id, once a part is there."""
+    move = str(bring("--bandwidth", "16MiB", "--no-wait")).strip()
+    copy = disks(place("db")) / "data.raw"
+    wait_for(lambda: copy.exists() and copy.stat().st_blocks * 512 > 1 << 20)
+    assert ok("migration", "show", move, "-o", "json")["phase"] == "precopy"
+    return move
+
+
+@pytest.mark.req("R-54")
+@pytest.mark.req("R-56")
+def test_a_disk_moves_alone_under_a_writer_and_the_network_does_not_notice(lab: Lab) -> None:
+    writer = Writer("db")
+    first = place("db")
+    leave(elsewhere("db"))
+    here = place("db")
+    before, version = devices(), ok("vm", "show", "db", "-o", "json")["version"]
+    assert "(code unsupported_target)" in refused(
+        "vm", "disk", "move", "db", "data.raw", "--to", first
+    )
+    move = being_copied(first)
+    assert devices() == before, "no tunnel, no queue"
+    assert "(code move_in_progress)" in refused("vm", "migrate", "db", "--to", first)
+    receipt = wait_ended(move)
+    assert (receipt["outcome"], receipt["mode"]) == ("moved", "storage")
+    assert receipt["storage"]["sent_bytes"] >= 256 << 20
+    assert (receipt["version"], ok("vm", "show", "db", "-o", "json")["version"]) == (version,) * 2
+    assert move in [each["id"] for each in ok("migration", "list", "-o", "json")]
+    assert devices() == before
+    writer.goes_on()
+    assert (place("db"), image_at(), exports(first)) == (here, here, [])
+    image = disks(here) / "data.raw"
+    lost_nothing(image, writer.stopped_at())
+    assert image.stat().st_blocks * 512 < 64 << 20, "holes are not filled"
+    nothing_left(first)
+    assert "(code disk_not_left)" in refused("vm", "disk", "move", "db", "data.raw", "--to", here)
+    ok("vm", "migrate", "db", "--to", first, "--with-storage")
+
+
+@pytest.mark.req("R-54")
+@pytest.mark.parametrize("who", ["nva", "nve", "exporter", "host with the image", "abort", "qemu"])
+def test_a_fault_while_a_disk_moves_alone_leaves_one_image(lab: Lab, who: str) -> None:
+    writer = Writer("db")
+    first = place("db")
+    leave(elsewhere("db"))
+    here = place("db")
+    move = being_copied(first)
+    told = writer.acknowledged()
+    match who:
+        case "exporter":
+            os.kill(exporter(first), signal.SIGKILL)
+        case "abort":
+            run("migration", "abort", move)
+        case "qemu":
+            told = writer.acknowledged()
+            os.kill(int((LABS / LAB / "run" / here / "db" / "pid").read_text()), signal.SIGKILL)
+        case _:
+            daemons = {"nva": "nva", "nve": here, "host with the image": first}
+            labs.restart(topology(LAB, 3), daemons[who])
+    lab.until_ready()
+    receipt = wait_ended(move)
+    at = here if receipt["outcome"] == "moved" else first
+    assert (place("db"), image_at()) == (here, at)
+    nothing_left(first if at == here else here)
+    if who == "qemu":
+        assert receipt["outcome"] == "aborted"
+        wait_for(lambda: ok("vm", "show", "db", "-o", "json")["state"] == "crashed")
+        data = (disks(at) / "data.raw").read_bytes()
+        for number in range(1, told + 1):
+            assert data[(FIRST + number) * SECTOR] == number & 0xFF
+        ok("vm", "start", "db")
+        guest("db", "true")
+    else:
+        writer.goes_on()
+        lost_nothing(disks(at) / "data.raw", writer.stopped_at())
+    if at == first:
+        ok("vm", "migrate", "db", "--to", first)
+    else:
+        ok("vm", "migrate", "db", "--to", first, "--with-storage")

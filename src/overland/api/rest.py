@@ -79,6 +79,12 @@ class Service(Protocol):
 
     async def migrate(self, name: str, to: str, options: Options, *, cold: bool = False) -> str: ...
 
+    async def disk_blockers(
+        self, name: str, path: str, to: str
+    ) -> tuple[Vm, tuple[Refused, ...]]: ...
+
+    async def move_disk(self, name: str, path: str, to: str, options: Options) -> str: ...
+
     async def recover(self, name: str, *, fenced: bool) -> dict[str, Any]: ...
 
     def find_move(self, move_id: str) -> Handover | None: ...
@@ -142,6 +148,15 @@ class MigrateWish(Record, frozen=True, kw_only=True):
 
     to: str
     mode: str = "hot"
+    dry_run: bool = False
+    options: Options = Options()
+
+
+class DiskMoveWish(Record, frozen=True, kw_only=True):
+    """Body of POST /v1/vms/NAME/disks/move. `to`: the VM's own host."""
+
+    disk: str
+    to: str
     dry_run: bool = False
     options: Options = Options()
 
@@ -210,6 +225,7 @@ def create_app(service: Service) -> FastAPI:
     _policies(app, service)
     _eligibility(app, service)
     _machines(app, service)
+    _disks(app, service)
     _moves(app, service)
     return app
 
@@ -395,6 +411,17 @@ def _machines(app: FastAPI, service: Service) -> None:
     async def delete_vm(name: str) -> Response:
         await service.delete_vm(name)
         return Response(status_code=204)
+
+
+def _disks(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/vms/{name}/disks/move")
+    async def move_disk(name: str, request: Request) -> JSONResponse:
+        wish = await _body(request, DiskMoveWish)
+        if wish.dry_run:
+            _, blockers = await service.disk_blockers(name, wish.disk, wish.to)
+            return _json({"vm": name, "disk": wish.disk, "to": wish.to, "blockers": blockers})
+        move = await service.move_disk(name, wish.disk, wish.to, wish.options)
+        return _json({"id": move}, 202)
 
 
 async def _migrate(service: Service, name: str, wish: MigrateWish) -> JSONResponse:

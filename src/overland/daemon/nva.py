@@ -29,11 +29,10 @@ from overland.mobility.coordinator import close_order, recoverable
 from overland.mobility.forecast import forecast, seen_before
 from overland.mobility.messages import (
     Activate,
-    AnyOrder,
     AnyReport,
     Closed,
-    ColdOrder,
     Crashed,
+    DiskOrder,
     DropState,
     Failed,
     Progress,
@@ -63,8 +62,10 @@ from overland.nva.eligibility import longest_outage_ms
 from overland.nva.handovers import (
     RETRY_S,
     Handovers,
+    Told,
     drop_kept,
     farewells,
+    last_disk_orders,
     last_orders,
     state_since,
     turn_back,
@@ -293,6 +294,10 @@ class Domain:
         self._tell_how_it_ended(host, record)
 
     def _tell_how_it_ended(self, host: str, record: Handover) -> None:
+        if record.mode == "storage":
+            for task in last_disk_orders(record, host):
+                self._tell(host, task)
+            return
         vm = self.authority.cluster.vms.get(record.vm.name)
         for order in last_orders(record, host, vm):
             self._tell(host, order)
@@ -304,6 +309,8 @@ class Domain:
             return
         if record.mode == "cold":
             self._straggled(host, record, report)
+            return
+        if record.mode == "storage":
             return
         if isinstance(report, Closed | Failed | Progress):
             return
@@ -591,7 +598,7 @@ class Domain:
                 lambda network: host in self.authority.cluster.places(network),
             )
 
-    def _tell(self, nve: str, order: AnyOrder | ColdOrder) -> None:
+    def _tell(self, nve: str, order: Told | DiskOrder) -> None:
         if isinstance(order, Activate | Retire | WakeUp | DropState):
             record = self.handovers.record(order.move) or self.authority.move(order.move)
             assert record is not None and self._sealer is not None  # noqa: PT018 - not a test
@@ -851,6 +858,26 @@ class Domain:
         record = await self.authority.begin_move(
             move_id, name, to, options, expected, cold=cold, disks=disks
         )
+        self.handovers.begin(record)
+        return record.id
+
+    async def disk_blockers(self, name: str, path: str, to: str) -> tuple[Vm, tuple[Refused, ...]]:
+        """The VM as in the record of a move of its disk `path` alone, and what is against that."""
+        found = tuple(storage.alone_blockers(self.authority.cluster, name, path, to))
+        if found:
+            raise Blocked(found)
+        vm = self.authority.vm(name)
+        here = await self._in_place(vm)
+        moving = storage.alone(vm, path, here)
+        there = await self._disks(to, vm.disks)
+        return moving, tuple(storage.room_blockers(moving, here, there))
+
+    async def move_disk(self, name: str, path: str, to: str, options: Options) -> str:
+        """Bring a disk that stayed behind to its VM, which goes on; the id of that move (R-54)."""
+        moving, blockers = await self.disk_blockers(name, path, to)
+        if blockers:
+            raise Blocked(blockers)
+        record = await self.authority.begin_disk_move(uuid.uuid4().hex[:12], moving, options)
         self.handovers.begin(record)
         return record.id
 

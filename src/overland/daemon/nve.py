@@ -40,6 +40,7 @@ from overland.mobility.messages import (
     AnyOrder,
     AnyReport,
     ColdOrder,
+    DiskOrder,
     PrepareNew,
     PrepareOld,
     PreparePeer,
@@ -49,6 +50,7 @@ from overland.model.names import port_name
 from overland.model.nve import NveIntent, VnIntent, changed
 from overland.model.ticket import Seal, Ticket
 from overland.nve.agent import Agent
+from overland.nve.alone import DiskSteps
 from overland.nve.cold import ColdMoves, ColdSteps, may_be_last
 from overland.nve.handovers import Handovers
 from overland.nve.journal import PartJournal
@@ -62,6 +64,7 @@ from overland.wire.seal import Forged, opened
 log = logging.getLogger(__name__)
 
 _Turn = w.VnPush | w.VnUpdate | w.Complete | w.VmOrder | AnyOrder | ColdOrder
+_Order = AnyOrder | ColdOrder | DiskOrder
 
 
 class Nve:
@@ -117,6 +120,8 @@ class Nve:
             time.time_ns,
         )
         self._cold = ColdMoves(cold_steps, self._say)
+        disk_steps = DiskSteps(config.host, self._hypervisor, self._images, time.time_ns)
+        self._alone = ColdMoves(disk_steps, self._say)
         self._host = Host(name=config.host)
         self._vns: dict[str, VnIntent] = {}
         self._revisions = Revisions()
@@ -238,9 +243,11 @@ class Nve:
             case w.Answer():
                 pass
 
-    def _ordered(self, order: AnyOrder | ColdOrder) -> None:
+    def _ordered(self, order: _Order) -> None:
         """What stands on a push that was sent before waits until the kernel has that (HO-22)."""
-        if isinstance(order, PrepareNew | PrepareOld | PreparePeer | ColdOrder):
+        if isinstance(order, DiskOrder):
+            self._alone.order(order)
+        elif isinstance(order, PrepareNew | PrepareOld | PreparePeer | ColdOrder):
             self._turns.put_nowait(order)
         else:
             self._handovers.order(order)

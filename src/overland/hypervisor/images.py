@@ -72,6 +72,11 @@ class Images:
             except OSError as error:
                 raise HypervisorFailure(f"{path}: {error.strerror}") from None
 
+    async def make_for(self, move: str, disks: Sequence[Disk]) -> None:
+        """As `make`, for `move`: nobody's until `keep_taken`; content with its having made them."""
+        made = {path for path, _ in self._noted(_taken(move))}
+        await self.make(_taken(move), [each for each in disks if str(self.path(each)) not in made])
+
     async def make_missing(self, vm: Vm) -> None:
         """Make what a VM declares with a size and does not have here yet."""
         here = [disk for disk in vm.disks if disk.size_bytes and not disk.uri]

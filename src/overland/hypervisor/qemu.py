@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import msgspec
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 
-from overland.hypervisor import away, mirror
+from overland.hypervisor import away, home, mirror
 from overland.hypervisor.accel import NOTICE, accelerator
 from overland.hypervisor.channel import Channel
 from overland.hypervisor.checkpoint import Giver, Keeper
@@ -817,6 +817,35 @@ class QemuHypervisor:
 
     async def attach_disks(self, vm: Vm) -> None:
         await away.attach(self._qmp(self._machine(vm.name)), vm, self._tls)
+
+    async def copy_disk(self, vm: Vm, bytes_per_s: int) -> None:
+        index, disk = home.which(vm)
+        do = self._qmp(self._machine(vm.name))
+        await home.begin(do, index, disk, self._images.file_node(disk), bytes_per_s)
+
+    async def copied(self, vm: Vm) -> Storage:
+        return await home.look(self._qmp(self._machine(vm.name)), home.which(vm)[0])
+
+    async def settle_disk(self, vm: Vm) -> int:
+        machine = self._machine(vm.name)
+        if await self.state(vm.name) == "running":
+            await self.pause(vm.name)
+        await home.end(self._qmp(machine), home.which(vm)[0])
+        return machine.stopped_ns or time.time_ns()
+
+    async def keep_disk(self, vm: Vm) -> int:
+        await home.switch(self._qmp(self._machine(vm.name)), home.which(vm)[0])
+        return await self._run_on(vm)
+
+    async def leave_disk(self, vm: Vm) -> None:
+        if vm.name in self._machines:
+            await home.give_up(self._qmp(self._machine(vm.name)), home.which(vm)[0])
+            await self._run_on(vm)
+
+    async def _run_on(self, vm: Vm) -> int:
+        """As it was: one that had been paused stays so."""
+        stands = await self.state(vm.name) == "paused" and vm.state == "running"
+        return await self.resume(vm.name) if stands else time.time_ns()
 
     async def offer_disks(self, vm: Vm, listen: str) -> str:
         do = self._qmp(self._machine(vm.name))

@@ -199,6 +199,46 @@ ColdOrder = (
 )
 
 
+# ------------------------------------------------------------ orders of a disk that moves alone
+
+
+class DiskTask(Order, frozen=True, kw_only=True, tag=True):
+    """Base: as of a cold move, an order says all, and repeated it is a question.
+
+    `vm` is the VM as it was before; its disk of kind `moved` is the one.
+    """
+
+    vm: Vm
+
+
+class CopyDisk(DiskTask, frozen=True, kw_only=True, tag=True):
+    """To the VM's NVE: copy the disk into an image here; answer Received once both are equal.
+
+    At most `bytes_per_s`, 0 is no limit. Each write of the VM goes to both meanwhile.
+    """
+
+    bytes_per_s: int = 0
+
+
+class SettleDisk(DiskTask, frozen=True, kw_only=True, tag=True):
+    """To the VM's NVE: stop the VM, with both images the same and flushed; answer Stopped."""
+
+
+class KeepDisk(DiskTask, frozen=True, kw_only=True, tag=True):
+    """To the VM's NVE after the commit: the VM runs on with the image here; answer Running."""
+
+
+class LeaveDisk(DiskTask, frozen=True, kw_only=True, tag=True):
+    """To the VM's NVE in an abort: the VM runs on with the former image; answer Restored."""
+
+
+class DropImage(DiskTask, frozen=True, kw_only=True, tag=True):
+    """To the NVE that has the former image, at the end: it goes; answer Closed."""
+
+
+DiskOrder = CopyDisk | SettleDisk | KeepDisk | LeaveDisk | DropImage
+
+
 # ------------------------------------------------------------ reports: NVE -> coordinator
 
 
@@ -410,6 +450,13 @@ class Ask(Record, frozen=True, kw_only=True, tag=True):
     order: ColdOrder
 
 
+class Task(Record, frozen=True, kw_only=True, tag=True):
+    """Effect of a disk's move: have `nve` carry out `order`, if it has not yet."""
+
+    nve: str
+    order: DiskOrder
+
+
 class Publish(Record, frozen=True, kw_only=True, tag=True):
     """Effect: tell the subscribers of the VM's networks what the journalled record now means."""
 
@@ -420,6 +467,7 @@ class Serve(Record, frozen=True, kw_only=True, tag=True):
 
 CoordinatorEffect = Tell | Commit | Serve
 ColdEffect = Ask | Commit | Publish | Serve
+DiskEffect = Task | Commit | Serve
 
 # ------------------------------------------------------------ effects and answers at an NVE
 

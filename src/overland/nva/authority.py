@@ -26,6 +26,7 @@ from overland.model.cluster import (
     Refused,
     Vm,
     VmState,
+    moved_disks,
 )
 from overland.model.eligibility import (
     Declaration,
@@ -574,6 +575,33 @@ class Authority:
         self._news(frozenset(port.network for port in record.ports))
         return record
 
+    async def begin_disk_move(self, move_id: str, moving: Vm, options: Options) -> Handover:
+        """Journal the move of one disk alone (of kind moved in `moving`); Blocked if it may not be.
+
+        The VM is not moved meanwhile, nor anything else done to it.
+        """
+        async with self._lock:
+            [disk] = moved_disks(moving)
+            to = moving.host
+            _stop_if(storage.alone_blockers(self.cluster, moving.name, disk.path, to))
+            vm = self._vm(moving.name)
+            record = Handover(
+                id=move_id,
+                vm=msgspec.structs.replace(vm, disks=moving.disks),
+                mode="storage",
+                old_nve=disk.at,
+                new_nve=to,
+                ports=(),
+                options=options,
+                version=vm.version,
+                phases=(PhaseAt(phase="planned", at_ns=time.time_ns()),),
+            )
+            vm = msgspec.structs.replace(vm, move=move_id)
+            await self._write({f"move/{move_id}": record, f"vm/{vm.name}": vm})
+            self.cluster.vms[vm.name] = vm
+            self.cluster.moves[move_id] = record
+        return record
+
     def _planned(self, move_id: str, vm: Vm, to: str, options: Options) -> Handover:
         ports = tuple(
             self._moving_port(vm, index, interface, to)
@@ -658,8 +686,15 @@ class Authority:
         """
         async with self._lock:
             vm = self.cluster.vms.get(record.vm.name)
-            if vm is None or vm.version != record.version - 1 or vm.move != record.id:
-                raise Conflict(f"vm {record.vm.name} is not at version {record.version - 1}")
+            before = record.version if record.mode == "storage" else record.version - 1
+            if vm is None or vm.version != before or vm.move != record.id:
+                raise Conflict(f"vm {record.vm.name} is not at version {before}")
+            if record.mode == "storage":
+                vm = msgspec.structs.replace(vm, disks=storage.brought(vm, record))
+                await self._write({f"move/{record.id}": record, f"vm/{vm.name}": vm})
+                self.cluster.vms[vm.name] = vm
+                self._note_move(record)
+                return
             state = vm.state if record.mode == "cold" else "running"
             vm = msgspec.structs.replace(
                 vm,

@@ -84,14 +84,83 @@ def settled(disks: tuple[Disk, ...], host: str, version: int) -> tuple[Disk, ...
     return tuple(there(disk) for disk in disks)
 
 
+def alone(vm: Vm, path: str, states: Sequence[DiskState]) -> Vm:
+    """`vm` as in the record of a move of disk `path` alone: that one is the only one that moves."""
+
+    def counted(disk: Disk, state: DiskState) -> Disk:
+        kind: DiskKind = "moved" if disk.path == path else "shared"
+        return msgspec.structs.replace(disk, kind=kind, size_bytes=state.virtual_bytes)
+
+    disks = tuple(counted(*pair) for pair in zip(vm.disks, states, strict=True))
+    return msgspec.structs.replace(vm, disks=disks)
+
+
+def brought(vm: Vm, record: Handover) -> tuple[Disk, ...]:
+    """The disks of `vm` once the move `record` of one of them alone is committed."""
+
+    def moved(disk: Disk, this_time: Disk) -> Disk:
+        if this_time.kind != "moved":
+            return disk
+        return msgspec.structs.replace(disk, at="", since=0)
+
+    return tuple(moved(*pair) for pair in zip(vm.disks, record.vm.disks, strict=True))
+
+
+def alone_blockers(cluster: Cluster, name: str, path: str, to: str) -> Iterator[Refused]:
+    """Why disk `path` of VM `name` cannot be brought to host `to` while the VM stays (R-54)."""
+    vm = cluster.vms.get(name)
+    if vm is None:
+        hint = "`overland vm list` shows all"
+        yield _no("unknown_vm", f"vm {name}", "there is no such vm", hint)
+        return
+    what, disk = f"disk {path}", {each.path: each for each in vm.disks}.get(path)
+    if vm.move is not None:
+        hint = f"wait for it, or `overland migration abort {vm.move}`"
+        yield _no("move_in_progress", f"vm {name}", f"migration {vm.move} moves it", hint)
+    elif vm.state not in ("running", "paused"):
+        why = f"it is {vm.state}; a disk moves alone while its VM is up"
+        yield _no("not_running", f"vm {name}", why, f"`overland vm start {name}`")
+    if disk is None:
+        hint = f"`overland vm show {name}` shows all"
+        yield _no("unknown_disk", what, f"vm {name} has no such disk", hint)
+    elif not disk.at:
+        why = f"its image is with the VM already, on host {vm.host}"
+        yield _no("disk_not_left", what, why, "only a disk that was left behind moves alone")
+    if to != vm.host:
+        why = f"a disk moves alone to the host of its VM only, which is {vm.host}"
+        yield _no("unsupported_target", what, why, f"--to {vm.host}")
+
+
+def room_blockers(
+    moving: Vm, here: Sequence[DiskState], there: Sequence[DiskState]
+) -> list[Refused]:
+    """Why the disk that moves alone in `moving` has no place on the VM's host."""
+    found: list[Refused] = []
+    for disk, old, new in zip(moving.disks, here, there, strict=True):
+        if disk.kind == "moved":
+            found += _room(disk, new, moving.host, old.allocated_bytes)
+    return found
+
+
 def exports(cluster: Cluster, host: str) -> tuple[Export, ...]:
     """The images that `host` offers: one VM of one host may write each, and nobody else (R-14)."""
-    return tuple(
+    by_record = (
         Export(vm=vm.name, index=index, disk=disk, to=vm.host, version=disk.since)
         for vm in sorted(cluster.vms.values(), key=lambda vm: vm.name)
         for index, disk in enumerate(vm.disks)
         if disk.at == host
     )
+    return (*by_record, *offered_still(cluster, host))
+
+
+def offered_still(cluster: Cluster, host: str) -> Iterator[Export]:
+    """Images of disks that have moved away alone, until their VMs run with the new ones (R-54)."""
+    for move in cluster.moves.values():
+        if move.mode == "storage" and move.phase == "committed" and move.old_nve == host:
+            for index, disk in enumerate(move.vm.disks):
+                if disk.kind == "moved":
+                    name, to = move.vm.name, move.new_nve
+                    yield Export(vm=name, index=index, disk=disk, to=to, version=disk.since)
 
 
 def with_ways(cluster: Cluster, vm: Vm, to: str) -> Vm:
@@ -126,10 +195,7 @@ def drain_blockers(cluster: Cluster, host: str) -> Iterator[Refused]:
     """Why `host` cannot be emptied: images on it that VMs elsewhere use, or would."""
     for each in exports(cluster, host):
         why = f"it has the image of disk {each.disk.path} of vm {each.vm}, which is on {each.to}"
-        hint = (
-            f"`overland vm migrate {each.vm} --to {host}`, and then away with its disk: "
-            "`--with-storage`"
-        )
+        hint = f"`overland vm disk move {each.vm} {each.disk.path} --to {each.to}`"
         yield _no("exports_disk", f"host {host}", why, hint)
     for vm in cluster.vms.values():
         for disk in vm.disks:
@@ -241,8 +307,9 @@ def _stays(
 
 def _elsewhere(vm: Vm, disk: Disk) -> Refused:
     why = f"its image is on host {disk.at}, not with the VM"
-    hint = f"leave it there: --leave-storage; or first `overland vm migrate {vm.name} --to "
-    return _no("disk_elsewhere", f"disk {disk.path}", why, f"{hint}{disk.at}`")
+    first = f"`overland vm disk move {vm.name} {disk.path} --to {vm.host}`"
+    hint = f"leave it there: --leave-storage; or first {first}"
+    return _no("disk_elsewhere", f"disk {disk.path}", why, hint)
 
 
 def _same(disk: Disk, old: DiskState, new: DiskState, to: str) -> Iterator[Refused]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Protocol, assert_never
+from typing import Any, Protocol, assert_never
 
 from overland.mobility import messages as m
 from overland.model.cluster import Vm, moved_disks, seen_from
@@ -209,15 +209,27 @@ class ColdSteps:
         return m.Closed(move=order.move, nve=self._nve, packets=packets)
 
 
-class ColdMoves:
-    """One order at a time of each move; `say` is told what it came to."""
+Stateless = m.ColdOrder | m.DiskOrder
+"""An order that says all: the NVE keeps no part of what it belongs to."""
 
-    def __init__(self, steps: ColdSteps, say: Callable[[m.AnyReport], None]) -> None:
+
+class Steps(Protocol):
+    """What such orders come to."""
+
+    async def carry_out(self, order: Any) -> m.AnyReport:
+        """Do what `order` says, unless it is done already."""
+        ...
+
+
+class ColdMoves:
+    """One order at a time of each move, or disk's move; `say` is told what it came to."""
+
+    def __init__(self, steps: Steps, say: Callable[[m.AnyReport], None]) -> None:
         self._steps = steps
         self._say = say
-        self._at_work: dict[str, tuple[m.ColdOrder, asyncio.Task[None]]] = {}
+        self._at_work: dict[str, tuple[Stateless, asyncio.Task[None]]] = {}
 
-    def order(self, order: m.ColdOrder) -> None:
+    def order(self, order: Stateless) -> None:
         """Begin `order`; its answer comes as a report. One that is under way goes on."""
         before = self._at_work.get(order.move)
         if before is not None:
@@ -233,7 +245,7 @@ class ColdMoves:
         if self._at_work.get(move, (None, None))[1] is task:
             del self._at_work[move]
 
-    async def _carry_out(self, order: m.ColdOrder, before: asyncio.Task[None] | None) -> None:
+    async def _carry_out(self, order: Stateless, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.wait({before})
         self._say(await self._steps.carry_out(order))

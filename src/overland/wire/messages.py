@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from overland.mobility.messages import AnyOrder, AnyReport, ColdOrder
+from overland.mobility.messages import AnyOrder, AnyReport, ColdOrder, DiskOrder
 from overland.model.cluster import Disk, DiskState, Export, Host, Mapping, Vm
 from overland.model.forecast import Gauge
 from overland.model.nve import VnChange, VnIntent
@@ -172,7 +172,7 @@ class Complete(Message, frozen=True, kw_only=True, tag=True):
 class MoveOrder(Message, frozen=True, kw_only=True, tag=True):
     """A handover order (spec/handover.md)."""
 
-    order: AnyOrder | ColdOrder
+    order: AnyOrder | ColdOrder | DiskOrder
 
 
 class VmOrder(Message, frozen=True, kw_only=True, tag=True):
