@@ -311,6 +311,7 @@ class Domain:
             self._straggled(host, record, report)
             return
         if record.mode == "storage":
+            self._look_at(record.vm.name)  # what it said at its return was not listened to
             return
         if isinstance(report, Closed | Failed | Progress):
             return
