@@ -86,11 +86,13 @@ class Exporter:
         """Start it again whenever it ends, for as long as anything is to be offered."""
         while True:
             await self._started.wait()
-            await until_gone(self._pid)
+            pid = self._pid
+            await until_gone(pid)
             async with self._lock:
+                if self._pid != pid:
+                    continue  # somebody needed it, and has started it again
                 await self.close()
                 self._started.clear()
-                self._pid = 0
             log.warning("the exporter ended: %s", self._last_word())
             while self._wanted and (failures := await self.serve(self._wanted)):
                 log.warning("%s", "; ".join(failures))
@@ -104,8 +106,10 @@ class Exporter:
     # ------------------------------------------------------------ the process
 
     async def _run(self) -> None:
-        if self._started.is_set() and alive(self._pid):
-            return
+        if self._started.is_set():
+            if alive(self._pid):
+                return
+            await self.close()
         listen = f"addr.type=inet,addr.host={self._address},addr.port={self._port}"
         command = [
             PROGRAM,
