@@ -72,6 +72,21 @@ def _state_after(record: Handover, vm: Vm) -> VmState:
     return record.ends_as if record.outcome == "moved" else record.vm.state
 
 
+def _committed(record: Handover, vm: Vm) -> Vm:
+    """The VM once `record` is committed: elsewhere, under another version, or with a disk of its
+    own again."""
+    if record.mode == "storage":
+        return msgspec.structs.replace(vm, disks=storage.brought(vm, record))
+    state = vm.state if record.mode == "cold" else "running"
+    disks = storage.after_move(vm, record)
+    vm = msgspec.structs.replace(
+        vm, version=record.version, host=record.new_nve, state=state, disks=disks
+    )
+    if record.phase in ENDED:  # at rest: with the commit all is done
+        vm = msgspec.structs.replace(vm, move=None, state=_state_after(record, vm))
+    return vm
+
+
 def _revoked(known: Eligibility, origin: str, now_ns: int) -> Eligibility:
     """Without a registration; what was signed until now is of no account any more."""
     return msgspec.structs.replace(
@@ -689,22 +704,7 @@ class Authority:
             before = record.version if record.mode == "storage" else record.version - 1
             if vm is None or vm.version != before or vm.move != record.id:
                 raise Conflict(f"vm {record.vm.name} is not at version {before}")
-            if record.mode == "storage":
-                vm = msgspec.structs.replace(vm, disks=storage.brought(vm, record))
-                await self._write({f"move/{record.id}": record, f"vm/{vm.name}": vm})
-                self.cluster.vms[vm.name] = vm
-                self._note_move(record)
-                return
-            state = vm.state if record.mode == "cold" else "running"
-            vm = msgspec.structs.replace(
-                vm,
-                version=record.version,
-                host=record.new_nve,
-                state=state,
-                disks=storage.after_move(vm, record),
-            )
-            if record.phase in ENDED:  # at rest: with the commit all is done
-                vm = msgspec.structs.replace(vm, move=None, state=_state_after(record, vm))
+            vm = _committed(record, vm)
             await self._write({f"move/{record.id}": record, f"vm/{vm.name}": vm})
             self.cluster.vms[vm.name] = vm
             self._note_move(record)
