@@ -87,6 +87,9 @@ class NveConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     disk_dir: str | None = None
     """Folder of this host's own disk images: a relative path in `--disk` lies in it. `disks` in
     `run_dir` when left out."""
+    storage_port: int = 10809
+    """TCP port at which this host offers, on its underlay address, the images that VMs have left
+    behind here: others reach them by the NBD protocol, with TLS."""
     tls: Tls
     """Who this NVE is, and whom it believes."""
     namespace_prefix: str = "ovl"

@@ -329,6 +329,40 @@ class Hypervisor(Protocol):
         """Give up sending memory and disks. The VM stays as it is: running, or stopped."""
         ...
 
+    async def attach_disks(self, vm: Vm) -> None:
+        """Give a copy that was received its disks that other hosts have; content with its having.
+
+        Before it runs, and only once they are offered to this host. HypervisorFailure when one is
+        not reached.
+        """
+        ...
+
+    async def copy_disk(self, vm: Vm, bytes_per_s: int) -> None:
+        """Begin to copy the disk that moves alone from where it is into its image here.
+
+        Each write goes to both; 0 is no limit. Content with being at it.
+        """
+        ...
+
+    async def copied(self, vm: Vm) -> Storage:
+        """How far that is. HypervisorFailure when it cannot go on."""
+        ...
+
+    async def settle_disk(self, vm: Vm) -> int:
+        """Stop the VM, with both images the same; the instant (CLOCK_REALTIME ns). May be repeated.
+
+        What the VM writes goes to the former image still, should it run on.
+        """
+        ...
+
+    async def keep_disk(self, vm: Vm) -> int:
+        """Run the VM on with the image here in place of the other; the instant. May be repeated."""
+        ...
+
+    async def leave_disk(self, vm: Vm) -> None:
+        """Give it up wherever it stands before `keep_disk`: the VM runs on with the other image."""
+        ...
+
     async def offer_disks(self, vm: Vm, listen: str) -> str:
         """Let the old host write the images of a copy that waits; the URI to write them at."""
         ...
@@ -445,6 +479,10 @@ class Images(Protocol):
 
     def drop(self, vm: str) -> None:
         """Remove what was made for `vm` here and not kept; content with absence."""
+        ...
+
+    async def make_for(self, move: str, disks: Sequence[Disk]) -> None:
+        """Make empty images for `move`; nobody's until `keep_taken`. May be repeated."""
         ...
 
     async def take(self, move: str, disks: Sequence[Disk], listen: str) -> list[str]:

@@ -69,6 +69,11 @@ class Nve:
         async with asyncio.timeout(LIMIT_S):
             await self._link._once(self._url)  # noqa: SLF001 - `run` would connect again for ever
 
+    async def heard(self) -> w.FromNva:
+        """The next message, whatever it is."""
+        async with asyncio.timeout(LIMIT_S):
+            return await self._heard.get()
+
     async def hears(self, kind: type[M]) -> M:
         """The next message of that kind; the others before it are not of interest."""
         async with asyncio.timeout(LIMIT_S):
@@ -729,3 +734,95 @@ async def test_an_nve_goes_on_to_the_next_address_of_its_nva(world: World) -> No
     one = world.nve("h1", before=f"wss://127.0.0.1:{_free_port()}/")
     one.connect()
     await one.hears(w.Welcome)
+
+
+# ---------------------------------------------------------------- images that stay behind
+
+
+async def leaving(world: World) -> tuple[Nve, Nve]:
+    """VM web has just been committed to h2, and its disk stays on h1."""
+    one, two = await begin(world)
+    authority = world.domain.authority
+    face = Interface(network="blue", mac="02:00:00:00:00:09")
+    disk = Disk(path="data", kind="left")
+    old = Vm(name="web", host="h1", state="running", interfaces=(face,), disks=(disk,))
+    vm = msgspec.structs.replace(
+        old,
+        host="h2",
+        version=2,
+        move="m1",
+        disks=(msgspec.structs.replace(disk, at="h1", since=2),),
+    )
+    staying = msgspec.structs.replace(old, disks=(msgspec.structs.replace(disk, at="h1"),))
+    record = Handover(
+        id="m1",
+        vm=staying,
+        old_nve="h1",
+        new_nve="h2",
+        ports=(),
+        version=2,
+        phase="committed",
+        phases=(PhaseAt(phase="planned", at_ns=1),),
+        commit_ns=1,
+    )
+    await authority._write({"move/m1": record, "vm/web": vm})  # noqa: SLF001 - as it was left
+    authority.cluster.vms["web"] = vm
+    authority.cluster.moves["m1"] = record
+    return one, two
+
+
+async def offering(nve: Nve) -> w.Serve:
+    """The next thing that `nve` is told to offer, if it is anything."""
+    while not (serve := await nve.hears(w.Serve)).exports:
+        pass
+    return serve
+
+
+async def told(nve: Nve) -> list[type[m.AnyOrder | m.ColdOrder | m.DiskOrder]]:
+    """The orders that `nve` has been given until now."""
+    nve.say(w.Query(id=9, network="blue", address="10.0.0.1"))
+    orders = []
+    while not isinstance(message := await nve.heard(), w.Answer):
+        if isinstance(message, w.MoveOrder):
+            orders.append(type(message.order))
+    return orders
+
+
+@pytest.mark.req("R-14")
+@pytest.mark.req("R-53")
+async def test_a_vm_runs_once_what_its_disk_is_offered_as_now_is_said_and_not_before(
+    world: World,
+) -> None:
+    """What is said of an older Serve, or that it failed, or by another host, is not enough."""
+    one, two = await leaving(world)
+    await world.domain.handovers.recover()
+    serve = await offering(one)
+    assert [(each.to, each.version) for each in serve.exports] == [("h2", 2)]
+    one.say(w.Served(revision=serve.revision - 1))
+    one.say(w.Served(revision=serve.revision, failures=("it is locked",)))
+    two.say(w.Served(revision=serve.revision))
+    await told(one)  # it has been heard
+    assert m.Activate not in await told(two)
+    one.say(w.Served(revision=serve.revision))
+    order = await two.hears(w.MoveOrder)
+    assert isinstance(order.order, m.Activate)
+
+
+@pytest.mark.req("R-53")
+async def test_who_comes_back_hears_all_that_it_offers(world: World) -> None:
+    one, _ = await leaving(world)
+    await one.leave()
+    one.connect()
+    assert [each.to for each in (await offering(one)).exports] == ["h2"]
+
+
+@pytest.mark.req("R-53")
+async def test_the_image_of_a_vm_that_is_deleted_is_offered_to_nobody(world: World) -> None:
+    one, _ = await leaving(world)
+    authority = world.domain.authority
+    authority.cluster.moves.clear()
+    authority.cluster.vms["web"] = msgspec.structs.replace(authority.vm("web"), move=None)
+    world.domain._exports_changed()  # noqa: SLF001 - as after any change
+    await offering(one)
+    await authority.delete_vm("web")
+    assert (await one.hears(w.Serve)).exports == ()

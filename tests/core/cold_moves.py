@@ -9,7 +9,7 @@ import msgspec
 
 from overland.mobility import messages as m
 from overland.mobility.cold import step
-from overland.model.cluster import Vm, VmState, moved_disks
+from overland.model.cluster import Vm, VmState, left_at, moved_disks
 from overland.model.handover import (
     COLD_LEGAL,
     ENDED,
@@ -148,6 +148,10 @@ class ColdConversation:
                     self.queue.append(("nva", m.Committed(version=2, at_ns=40)))
                 case m.Publish():
                     self._publish(marking(self.record))
+                case m.Serve():
+                    for nve in sorted(left_at(self.record.vm)):
+                        self.transcript.append(f"nva -> {nve}: its images are for {NEW} now")
+                        self.queue.append(("nva", m.Served(nve=nve)))
 
     def _publish(self, now: Marking) -> None:
         self.transcript.append(f"nva -> all: mapping, in transit at {now}")

@@ -14,6 +14,7 @@ from overland.mobility import messages as m
 from overland.mobility import new_nve, old_nve, peer_nve
 from overland.mobility.coordinator import step
 from overland.mobility.nve import Part, PartStep
+from overland.model.cluster import left_at
 from overland.model.handover import ENDED, Handover, Storage, Transfer
 from tests.core.moves import CHECKPOINT, NEW, OLD, PEER, PORT, planned
 
@@ -75,6 +76,10 @@ class Conversation:
                 case m.Tell(nve=nve, order=order):
                     self.transcript.append(f"nva -> {nve}: {type(order).__name__}")
                     self.queue.append((nve, order))
+                case m.Serve():
+                    for nve in sorted(left_at(self.record.vm)):
+                        self.transcript.append(f"nva -> {nve}: its images are for {NEW} now")
+                        self.queue.append(("nva", m.Served(nve=nve)))
                 case m.Commit():
                     self.transcript.append("nva: compare-and-set")
                     self.queue.append(("nva", m.Committed(version=2, at_ns=40)))

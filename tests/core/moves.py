@@ -46,6 +46,12 @@ WITH_DISK = msgspec.structs.replace(VM, disks=(Disk(path="data", kind="moved", s
 """The same with a disk that goes along."""
 
 
+LEAVING = msgspec.structs.replace(
+    VM, disks=(Disk(path="data", kind="left", size_bytes=100, at=OLD, uri="nbd://192.0.2.1:10809"),)
+)
+"""The same with one that stays at the old host."""
+
+
 def planned(vm: Vm = VM) -> Handover:
     """A move as the authority journals it first."""
     return Handover(
@@ -125,6 +131,7 @@ def every_event() -> list[m.CoordinatorEvent]:
         m.Committed(version=2, at_ns=40),
         m.CommitRefused(why="version"),
         m.Acknowledged(nve=PEER, at_ns=60),
+        m.Served(nve=OLD),
         m.Lost(nve=PEER),
         m.Back(nve=OLD),
         m.Abort(why="operator"),

@@ -11,7 +11,7 @@ from overland.mobility import messages as m
 from overland.mobility.nve import Part, PartStep, Stage
 from overland.model.handover import Options, Storage, Transfer
 from tests.core.conversation import MACHINES
-from tests.core.moves import CHECKPOINT, NEW, OLD, PEER, PORT, VM, WITH_DISK
+from tests.core.moves import CHECKPOINT, LEAVING, NEW, OLD, PEER, PORT, VM, WITH_DISK
 
 Role = Literal["old", "new", "peer"]
 NAMES: dict[Role, str] = {"old": OLD, "new": NEW, "peer": PEER}
@@ -66,7 +66,7 @@ EFFECTS: dict[Role, tuple[str, ...]] = {
         *("KeepCheckpoints", "RefuseCheckpoints"),
         *("ReceiveCopy", "OpenPorts", "AwaitCopy", "SteerHere", "TakeDigest", "Unmute"),
         *("ResumeVm", "Announce", "HoldPorts", "ReleaseInto", "CleanUp", "StopCopy"),
-        *("OfferDisks", "WithdrawDisks", "KeepDisks"),
+        *("OfferDisks", "WithdrawDisks", "KeepDisks", "AttachDisks"),
     ),
     "peer": ("Forget", "ArmPeers", "ProvePath", "SteerHere", "CleanUp"),
 }
@@ -175,9 +175,9 @@ def _unsaid(effects: tuple[m.Do, ...]) -> tuple[m.Do, ...]:
     return tuple(effect for effect in effects if not isinstance(effect, watches))
 
 
-def begun(role: Role, checkpoints: int = 0, *, disks: bool = False) -> Underway:
-    """The part as its NVE begins it; with `disks` one goes along."""
-    vm = None if role == "peer" else WITH_DISK if disks else VM
+def begun(role: Role, checkpoints: int = 0, *, disks: bool = False, left: bool = False) -> Underway:
+    """The part as its NVE begins it; with `disks` one goes along, with `left` one stays."""
+    vm = None if role == "peer" else WITH_DISK if disks else LEAVING if left else VM
     # With a limit of the operator's, so that the old NVE has a pace to change.
     options = Options(bandwidth_bytes_per_s=1 << 30, checkpoints=checkpoints)
     part = Part(move="m1", nve=NAMES[role], role=role, vm=vm, ports=(PORT,), options=options)
@@ -227,7 +227,7 @@ def old_ways() -> dict[str, Underway]:
 
 def new_ways() -> dict[str, Underway]:
     """The new NVE by column. `failed`: its VM died before the commit; `crashed`: after it. `disks`:
-    some come along."""
+    some come along. `left`: some stay elsewhere."""
     awaiting = begun("new").until("awaiting")
     steered = awaiting.hears(STEER)
     whole = steered.until("whole").does("SteerHere")
@@ -237,6 +237,7 @@ def new_ways() -> dict[str, Underway]:
     died = m.Broken(effect="vm", why="died")
     awaiting_too = begun("new", disks=True).until("awaiting")
     whole_too = awaiting_too.hears(STEER).until("whole")
+    leaving = begun("new", left=True).until("awaiting").hears(STEER).until("whole")
     return {
         "arming": begun("new"),
         "arming, disks": begun("new", disks=True),
@@ -248,6 +249,7 @@ def new_ways() -> dict[str, Underway]:
         "whole, failed": whole.hears(died),
         "activating": activating,
         "activating, disks": whole_too.hears(ACTIVATE),
+        "activating, left": leaving.hears(ACTIVATE),
         "active": activating.until("active"),
         "active, crashed": activating.hears(died),
         "returning": returning,

@@ -78,6 +78,8 @@ def cell(column: str, event: m.CoordinatorEvent) -> str:
                 did.append("compare-and-set")
             case m.Publish():
                 did.append("push")
+            case m.Serve():
+                did.append("Serve")
     return ", ".join(did) or "·"
 
 

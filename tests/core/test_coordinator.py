@@ -56,6 +56,8 @@ def cell(phase: Phase, event: m.CoordinatorEvent) -> str:
                 did.append(f"{type(order).__name__} to {role}")
             case m.Commit():
                 did.append("compare-and-set")
+            case m.Serve():
+                did.append("Serve")
     return ", ".join(did) or "·"
 
 

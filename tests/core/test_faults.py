@@ -167,8 +167,8 @@ class FullDisk:
 async def test_nobody_is_told_to_close_before_that_is_written() -> None:
     """HO-48: a restarted NVA must not go on from a record whose NVEs have forgotten the move."""
     records = FullDisk()
-    told: list[m.AnyOrder | m.ColdOrder] = []
-    moves = Handovers(records, lambda _, order: told.append(order), lambda _: None)
+    told: list[m.AnyOrder | m.ColdOrder | m.DiskOrder] = []
+    moves = Handovers(records, lambda _, order: told.append(order), lambda _: None, lambda _: None)
     moves.begin(msgspec.structs.replace(in_phase("drained"), closing=False, deadline_s=0.0))
     await until(lambda: any(record.closing for record in records.refused))
     assert m.Close not in map(type, told)
@@ -186,8 +186,10 @@ async def test_a_full_disk_aborts_the_move_and_says_so(phase: str, why: str) -> 
     HO-68: one whose VM has been stopped turns back with the restart itself.
     """
     records = FullDisk()
-    told: list[tuple[str, m.AnyOrder | m.ColdOrder]] = []
-    moves = Handovers(records, lambda nve, order: told.append((nve, order)), lambda _: None)
+    told: list[tuple[str, m.AnyOrder | m.ColdOrder | m.DiskOrder]] = []
+    moves = Handovers(
+        records, lambda nve, order: told.append((nve, order)), lambda _: None, lambda _: None
+    )
     record = in_phase(phase)  # type: ignore[arg-type]
     moves.begin(record)
     await until(lambda: m.GiveBack in [type(order) for _, order in told])
@@ -218,7 +220,7 @@ async def test_a_cold_move_is_published_when_it_is_written_however_late() -> Non
     """R-33: else its address would stay in transit for ever, for nothing more is written."""
     records = SlowToWrite()
     records.free = True
-    moves = Handovers(records, lambda _nve, _order: None, lambda _: None)
+    moves = Handovers(records, lambda _nve, _order: None, lambda _: None, lambda _: None)
     moves.begin(cold_in_phase("committed"))
     await until(lambda: bool(records.written))
     records.free = False
@@ -252,7 +254,7 @@ class Remembered:
 @pytest.mark.req("R-33")
 async def test_an_nve_counts_when_every_vn_of_the_vm_is_in_its_kernel() -> None:
     """HO-41: in all of those in which it has a part; of the others it never hears."""
-    moves = Handovers(Remembered(), lambda _nve, _order: None, lambda _: None)
+    moves = Handovers(Remembered(), lambda _nve, _order: None, lambda _: None, lambda _: None)
     blue = cold_in_phase("converging")
     both = (*blue.ports, msgspec.structs.replace(blue.ports[0], network="red", vni=43))
     moves.begin(msgspec.structs.replace(blue, ports=both))
@@ -269,7 +271,7 @@ async def test_a_deadline_is_kept_however_much_is_reported() -> None:
     """Reports that came faster than ticks hid a deadline that had passed."""
     record = in_phase("precopy")
     ended: list[Handover] = []
-    handovers = Handovers(Remembered(), lambda _nve, _order: None, ended.append)
+    handovers = Handovers(Remembered(), lambda _nve, _order: None, ended.append, lambda _: None)
     past = msgspec.structs.replace(record.options, timeout_s=0.01)
     handovers.begin(msgspec.structs.replace(record, options=past))
 

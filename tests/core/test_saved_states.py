@@ -194,7 +194,7 @@ async def test_of_a_process_and_a_state_beside_it_one_is_the_vm(
     """HO-55: a daemon was killed while it woke or suspended the VM; the next one settles it."""
     (tmp_path / "suspended" / "web").write_bytes(b"state")
     (tmp_path / "web" / "pid").write_text(str(process))
-    monkeypatch.setattr(qemu_adapter, "_our_process", lambda *_: process)
+    monkeypatch.setattr(qemu_adapter, "ours", lambda *_: process)
 
     async def connect(*_: Any) -> _Machine:
         return runs(host, process, status, "").machine

@@ -36,7 +36,7 @@ def state(of: DiskState, **fields: object) -> DiskState:
 
 
 def codes(vm: Vm, here: DiskState, there: DiskState, cluster: Cluster | None = None) -> list[str]:
-    found = storage.move_blockers(cluster or Cluster(), vm, "h2", (here,), (there,))
+    found = storage.move_blockers(cluster or Cluster(), vm, "h2", (here,), (there,), {})
     return [each.code for each in found]
 
 
@@ -55,7 +55,10 @@ def codes(vm: Vm, here: DiskState, there: DiskState, cluster: Cluster | None = N
         ("shared", THERE, NOTHING, ["file_missing"]),
         ("shared", THERE, state(THERE, inode=8), ["disk_differs"]),
         ("shared", THERE, state(THERE, trouble="it cannot be read and written"), ["disk_unusable"]),
-        ("left", THERE, THERE, ["unsupported_disk"]),
+        ("left", THERE, THERE, []),
+        ("left", THERE, NOTHING, []),
+        ("left", NOTHING, THERE, ["file_missing"]),
+        ("left", state(THERE, depends=True), NOTHING, []),
     ],
 )
 def test_a_disk_follows_its_vm_or_says_why_not(
@@ -67,7 +70,8 @@ def test_a_disk_follows_its_vm_or_says_why_not(
 @pytest.mark.req("R-55")
 def test_all_that_stands_in_the_way_is_said_at_once_with_its_remedy() -> None:
     vm = msgspec.structs.replace(VM, disks=(Disk(path="a", kind="moved"), Disk(path="b")))
-    found = list(storage.move_blockers(Cluster(), vm, "h2", (THERE, THERE), (THERE, NOTHING)))
+    both = (THERE, THERE), (THERE, NOTHING)
+    found = list(storage.move_blockers(Cluster(), vm, "h2", *both, {}))
     assert [each.code for each in found] == ["file_in_the_way", "file_missing"]
     assert all(each.hint for each in found)
 

@@ -332,7 +332,6 @@ def test_what_stands_in_a_disks_way_is_said_before_anything_moves(lab: Lab, smal
     assert "(code disk_differs)" in refused(*move, "--shared-storage")
     (disks(small) / "data.raw").unlink()
     assert "(code file_missing)" in refused(*move, "--shared-storage")
-    assert "(code unsupported_disk)" in refused(*move, "--leave-storage")
 
 
 @pytest.mark.req("R-55")
@@ -345,7 +344,6 @@ def test_a_disk_that_a_vm_cannot_have_is_refused(lab: Lab, tmp_path: Path) -> No
     assert "(code file_missing)" in refused(*make, "nowhere.raw")
     assert "(code disk_format)" in refused(*make, f"{base},format=raw")
     assert "(code disk_chain)" in refused(*make, f"{top},kind=moved")
-    assert "(code unsupported_disk)" in refused(*make, f"{base},kind=left")
     create("chained", "h2", str(top))
     along = ("vm", "migrate", "chained", "--to", "h3", "--with-storage")
     assert "(code disk_chain)" in refused(*along)
@@ -391,3 +389,267 @@ def test_a_qcow2_image_goes_along_as_one(lab: Lab) -> None:
     assert guest("cow", "echo 3 > /proc/sys/vm/drop_caches; sha256sum /dev/vda") == before
     assert (disks("h2") / "cow.qcow2").stat().st_blocks * 512 < 16 << 20
     ok("vm", "delete", "cow")
+
+
+# ---------------------------------------------------------------- disks that stay behind
+
+
+def wide(who: str) -> Any:
+    """A fault that is tried by `scripts/test -m wide` only."""
+    return pytest.param(who, marks=pytest.mark.wide)
+
+
+def image_at() -> str:
+    """The host with the image of `db`, as the record says."""
+    return str(ok("vm", "show", "db", "-o", "json")["disks"][0]["at"])
+
+
+def exports(host: str) -> list[dict[str, Any]]:
+    return list(ok("host", "show", host, "-o", "json")["exports"])
+
+
+def part_of(vm: str) -> str:
+    """A digest of a part of the disk, read from where it is now."""
+    read = "dd if=/dev/vda bs=1M skip=32 count=4 2>/dev/null"
+    return guest(vm, f"echo 3 > /proc/sys/vm/drop_caches; {read} | sha256sum")
+
+
+def leave(to: str, *options: str) -> dict[str, Any]:
+    receipt = ok("vm", "migrate", "db", "--to", to, "--leave-storage", *options, "-o", "json")
+    assert receipt["outcome"] == "moved"
+    return dict(receipt)
+
+
+def exporter(host: str) -> int:
+    return int((LABS / LAB / "run" / host / ".exporter" / "pid").read_text())
+
+
+@pytest.mark.req("R-53")
+def test_a_vm_is_stitched_back_to_a_disk_that_stays_wherever_it_goes(lab: Lab) -> None:
+    """Away, on to a third host, and home again; no acknowledged write is lost or comes twice."""
+    writer = Writer("db")
+    first, second, third = place("db"), *sorted({"h1", "h2", "h3"} - {place("db")})
+    receipt = leave(second)
+    assert receipt["storage"]["left"] == [{"disk": "data.raw", "at": first}]
+    assert receipt["storage"]["sent_bytes"] == 0
+    writer.goes_on()
+    assert (place("db"), image_at()) == (second, first)
+    version = ok("vm", "show", "db", "-o", "json")["version"]
+    offered = {"vm": "db", "disk": "data.raw", "to": second, "version": version}
+    assert exports(first) == [offered]
+    assert not (disks(second) / "data.raw").exists()
+    assert "(code exports_disk)" in refused("host", "drain", first)
+    assert "(code disk_elsewhere)" in refused(
+        "vm", "migrate", "db", "--to", third, "--with-storage"
+    )
+    ok("vm", "migrate", "db", "--to", third, "-o", "json")
+    writer.goes_on()
+    assert (place("db"), image_at()) == (third, first)
+    assert [each["to"] for each in exports(first)] == [third]
+    ok("vm", "migrate", "db", "--to", first, "-o", "json")
+    writer.goes_on()
+    assert (place("db"), image_at(), exports(first)) == (first, first, [])
+    lost_nothing(disks(first) / "data.raw", writer.stopped_at())
+
+
+@pytest.mark.req("R-53")
+def test_a_disk_stays_behind_in_a_cold_move_and_when_the_vm_is_off(lab: Lab) -> None:
+    before = part_of("db")
+    writer = Writer("db")
+    first, second, third = place("db"), *sorted({"h1", "h2", "h3"} - {place("db")})
+    leave(second, "--cold")
+    writer.goes_on()
+    lost_nothing(disks(first) / "data.raw", writer.stopped_at())
+    ok("vm", "suspend", "db")
+    ok("vm", "migrate", "db", "--to", third, "--cold")
+    ok("vm", "resume", "db")
+    assert part_of("db") == before
+    ok("vm", "stop", "db")
+    ok("vm", "start", "db")
+    assert part_of("db") == before
+    ok("vm", "stop", "db")
+    ok("vm", "migrate", "db", "--to", first, "--cold")
+    assert (image_at(), exports(first)) == (first, [])
+    ok("vm", "start", "db")
+    assert part_of("db") == before
+
+
+@pytest.mark.req("R-53")
+def test_a_vm_waits_for_a_disk_that_is_away_for_a_while(lab: Lab) -> None:
+    """The exporter is killed, with and without the NVE beside it; the link is cut."""
+    writer = Writer("db")
+    first = place("db")
+    leave(elsewhere("db"))
+    for fault in ("exporter", "both", "link"):
+        killed = exporter(first)
+        if fault in ("exporter", "both"):
+            os.kill(killed, signal.SIGKILL)
+        if fault == "both":
+            labs.restart(topology(LAB, 3), first)
+        if fault == "link":
+            lab.cut(first, 4.0)
+        writer.goes_on()
+        assert (exporter(first) == killed) == (fault == "link")
+        lab.until_ready()
+    ok("vm", "migrate", "db", "--to", first)
+    writer.goes_on()
+    lost_nothing(disks(first) / "data.raw", writer.stopped_at())
+
+
+@pytest.mark.req("R-14")
+@pytest.mark.req("R-53")
+@pytest.mark.parametrize("who", ["nva", *map(wide, ("exporter", "old", "new"))])
+def test_a_fault_while_a_vm_leaves_its_disk_ends_with_one_writer(lab: Lab, who: str) -> None:
+    writer = Writer("db")
+    first, second = place("db"), elsewhere("db")
+    leave(second)
+    third = next(iter({"h1", "h2", "h3"} - {first, second}))
+    move = ok("vm", "migrate", "db", "--to", third, "--bandwidth", "64MiB", "--no-wait").strip()
+    wait_for(lambda: ok("migration", "show", move, "-o", "json")["phase"] != "planned")
+    host = {"old": second, "new": third, "exporter": first}.get(who, who)
+    if who == "exporter":
+        os.kill(exporter(first), signal.SIGKILL)
+    labs.restart(topology(LAB, 3), host)
+    lab.until_ready()
+    receipt = wait_ended(move)
+    here = third if receipt["outcome"] == "moved" else second
+    assert (place("db"), image_at()) == (here, first)
+    assert [each["to"] for each in exports(first)] == [here]
+    writer.goes_on()
+    ok("vm", "migrate", "db", "--to", first)
+    writer.goes_on()
+    lost_nothing(disks(first) / "data.raw", writer.stopped_at())
+
+
+@pytest.mark.req("R-55")
+def test_a_disk_that_the_new_host_could_not_reach_does_not_stay_behind(lab: Lab) -> None:
+    """A zone whose border lets no storage through: said before anything moves."""
+    old, new = place("db"), elsewhere("db")
+    nft = ["ip", "netns", "exec", f"ovl-{LAB}-{old}", "nft"]
+    chain = "add chain inet zone in { type filter hook input priority 0; }"
+    rules = f"add table inet zone\n{chain}\nadd rule inet zone in tcp dport 10809 drop\n"
+    subprocess.run([*nft, "-f", "-"], input=rules, text=True, check=True)
+    try:
+        move = ("vm", "migrate", "db", "--to", new, "--leave-storage")
+        assert "(code storage_unreachable)" in refused(*move)
+        assert "(code storage_unreachable)" in refused(*move, "--dry-run")
+    finally:
+        subprocess.run([*nft, "delete", "table", "inet", "zone"], check=True)
+    assert (place("db"), image_at(), exports(old)) == (old, old, [])
+
+
+@pytest.mark.req("R-53")
+def test_what_is_declared_to_stay_stays_and_its_host_is_free_again_without_the_vm(lab: Lab) -> None:
+    create("stay", "h1", "stay.qcow2,size=64MiB,kind=left")
+    guest("stay", "dd if=/dev/urandom of=/dev/vda bs=1M count=4 seek=32 conv=fsync")
+    before = part_of("stay")
+    assert "(code leaves_disk)" in refused("host", "drain", "h1")
+    ok("vm", "migrate", "stay", "--to", "h2")
+    assert part_of("stay") == before
+    assert [each["vm"] for each in exports("h1")] == ["stay"]
+    ok("vm", "delete", "stay")
+    assert exports("h1") == []
+    image = disks("h1") / "stay.qcow2"
+    check = ["qemu-img", "check", "-q", str(image)]
+    wait_for(lambda: subprocess.run(check, capture_output=True, check=False).returncode == 0)
+    image.unlink()
+
+
+# ---------------------------------------------------------------- a disk that moves alone
+
+
+def devices() -> set[str]:
+    """Names of the network devices of all hosts."""
+    found: set[str] = set()
+    for host in ("h1", "h2", "h3"):
+        shown = ["ip", "-n", f"ovl-{LAB}-{host}", "-o", "link"]
+        out = subprocess.run(shown, capture_output=True, text=True, check=True).stdout
+        found |= {line.split(": ")[1].split("@")[0] for line in out.splitlines()}
+    return found
+
+
+def bring(*options: str) -> Any:
+    return ok("vm", "disk", "move", "db", "data.raw", "--to", place("db"), *options)
+
+
+def being_copied(bandwidth: str) -> str:
+    """Begin to bring the disk of `db` to it, slowly; the id, once a part is there."""
+    move = str(bring("--bandwidth", bandwidth, "--no-wait")).strip()
+    copy = disks(place("db")) / "data.raw"
+    wait_for(lambda: copy.exists() and copy.stat().st_blocks * 512 > 1 << 20)
+    assert ok("migration", "show", move, "-o", "json")["phase"] == "precopy"
+    return move
+
+
+@pytest.mark.req("R-54")
+@pytest.mark.req("R-56")
+def test_a_disk_moves_alone_under_a_writer_and_the_network_does_not_notice(lab: Lab) -> None:
+    writer = Writer("db")
+    first = place("db")
+    leave(elsewhere("db"))
+    here = place("db")
+    before, version = devices(), ok("vm", "show", "db", "-o", "json")["version"]
+    assert "(code unsupported_target)" in refused(
+        "vm", "disk", "move", "db", "data.raw", "--to", first
+    )
+    move = being_copied("16MiB")
+    assert devices() == before, "no tunnel, no queue"
+    assert "(code move_in_progress)" in refused("vm", "migrate", "db", "--to", first)
+    receipt = wait_ended(move)
+    assert (receipt["outcome"], receipt["mode"]) == ("moved", "storage")
+    assert receipt["storage"]["sent_bytes"] >= 256 << 20
+    assert (receipt["version"], ok("vm", "show", "db", "-o", "json")["version"]) == (version,) * 2
+    assert move in [each["id"] for each in ok("migration", "list", "-o", "json")]
+    assert devices() == before
+    writer.goes_on()
+    assert (place("db"), image_at(), exports(first)) == (here, here, [])
+    image = disks(here) / "data.raw"
+    lost_nothing(image, writer.stopped_at())
+    assert image.stat().st_blocks * 512 < 64 << 20, "holes are not filled"
+    nothing_left(first)
+    assert "(code disk_not_left)" in refused("vm", "disk", "move", "db", "data.raw", "--to", here)
+    ok("vm", "migrate", "db", "--to", first, "--with-storage")
+
+
+@pytest.mark.req("R-54")
+@pytest.mark.parametrize(
+    "who", ["nve", "qemu", *map(wide, ("nva", "exporter", "host with the image", "abort"))]
+)
+def test_a_fault_while_a_disk_moves_alone_leaves_one_image(lab: Lab, who: str) -> None:
+    writer = Writer("db")
+    first = place("db")
+    leave(elsewhere("db"))
+    here = place("db")
+    told = writer.acknowledged()
+    # A copy that goes on is to come to its end soon, one that is broken off is to be under way.
+    move = being_copied("4MiB" if who in ("qemu", "abort") else "16MiB")
+    match who:
+        case "exporter":
+            os.kill(exporter(first), signal.SIGKILL)
+        case "abort":
+            run("migration", "abort", move)
+        case "qemu":
+            os.kill(int((LABS / LAB / "run" / here / "db" / "pid").read_text()), signal.SIGKILL)
+        case _:
+            daemons = {"nva": "nva", "nve": here, "host with the image": first}
+            labs.restart(topology(LAB, 3), daemons[who])
+    lab.until_ready()
+    receipt = wait_ended(move)
+    at = here if receipt["outcome"] == "moved" else first
+    assert (place("db"), image_at()) == (here, at)
+    nothing_left(first if at == here else here)
+    assert receipt["outcome"] == "aborted" or who not in ("qemu", "abort")
+    if who == "qemu":
+        wait_for(lambda: ok("vm", "show", "db", "-o", "json")["state"] == "crashed")
+        data = (disks(at) / "data.raw").read_bytes()
+        for number in range(1, told + 1):
+            assert data[(FIRST + number) * SECTOR] == number & 0xFF
+        ok("vm", "start", "db")
+        guest("db", "true")
+    else:
+        writer.goes_on()
+        lost_nothing(disks(at) / "data.raw", writer.stopped_at())
+    if at == first:
+        ok("vm", "migrate", "db", "--to", first)
+    else:
+        ok("vm", "migrate", "db", "--to", first, "--with-storage")

@@ -17,7 +17,9 @@ from overland.model.cluster import (
     Boot,
     Disk,
     Endpoint,
+    Export,
     Gateway,
+    Host,
     Interface,
     Leg,
     Network,
@@ -30,6 +32,7 @@ from overland.model.eligibility import LatencyClass, Signed
 from overland.model.forecast import Forecast
 from overland.model.handover import DiskChoice, Handover, Options
 from overland.model.receipt import receipt, timestamp
+from overland.nva import storage
 from overland.nva.authority import Authority, Blocked
 from overland.ports import StoreFailure
 
@@ -77,6 +80,12 @@ class Service(Protocol):
     ) -> tuple[Forecast | None, tuple[Refused, ...]]: ...
 
     async def migrate(self, name: str, to: str, options: Options, *, cold: bool = False) -> str: ...
+
+    async def disk_blockers(
+        self, name: str, path: str, to: str
+    ) -> tuple[Vm, tuple[Refused, ...]]: ...
+
+    async def move_disk(self, name: str, path: str, to: str, options: Options) -> str: ...
 
     async def recover(self, name: str, *, fenced: bool) -> dict[str, Any]: ...
 
@@ -151,6 +160,15 @@ class MigrateWish(Record, frozen=True, kw_only=True):
     options: Options = Options()
 
 
+class DiskMoveWish(Record, frozen=True, kw_only=True):
+    """Body of POST /v1/vms/NAME/disks/move. `to`: the VM's own host."""
+
+    disk: str
+    to: str
+    dry_run: bool = False
+    options: Options = Options()
+
+
 CHECKPOINTS = 3
 """Of a warm move that does not say how many."""
 
@@ -215,6 +233,7 @@ def create_app(service: Service) -> FastAPI:
     _policies(app, service)
     _eligibility(app, service)
     _machines(app, service)
+    _disks(app, service)
     _moves(app, service)
     return app
 
@@ -237,7 +256,9 @@ def _records(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/hosts")
     async def hosts() -> JSONResponse:
-        return _json(sorted(authority.cluster.hosts.values(), key=lambda each: each.name))
+        cluster = authority.cluster
+        every = sorted(cluster.hosts.values(), key=lambda each: each.name)
+        return _json([_host(each, storage.exports(cluster, each.name)) for each in every])
 
     @app.post("/v1/hosts/{name}/drain")
     async def drain(name: str, request: Request) -> JSONResponse:
@@ -264,6 +285,15 @@ def _records(app: FastAPI, service: Service) -> None:
     async def delete_endpoint(name: str) -> Response:
         await authority.delete_endpoint(name)
         return Response(status_code=204)
+
+
+def _host(host: Host, exports: tuple[Export, ...]) -> dict[str, Any]:
+    """With the images on it that VMs on other hosts use."""
+    offered = [
+        {"vm": each.vm, "disk": each.disk.path, "to": each.to, "version": each.version}
+        for each in exports
+    ]
+    return {**msgspec.to_builtins(host), "exports": offered}
 
 
 def _gateways(app: FastAPI, service: Service) -> None:
@@ -350,11 +380,12 @@ def _machines(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/vms")
     async def vms() -> JSONResponse:
-        return _json(sorted(authority.cluster.vms.values(), key=lambda each: each.name))
+        every = sorted(authority.cluster.vms.values(), key=lambda each: each.name)
+        return _json([storage.shown(each) for each in every])
 
     @app.get("/v1/vms/{name}")
     async def vm(name: str) -> JSONResponse:
-        return _json(authority.vm(name))
+        return _json(storage.shown(authority.vm(name)))
 
     @app.post("/v1/vms", status_code=201)
     async def create_vm(request: Request) -> JSONResponse:
@@ -376,11 +407,11 @@ def _machines(app: FastAPI, service: Service) -> None:
             memory_mib=wish.memory_mib,
             vcpus=wish.vcpus,
             boot=wish.boot,
-            disks=wish.disks,
+            disks=tuple(msgspec.structs.replace(disk, at="", since=0) for disk in wish.disks),
         )
         if wish.dry_run:
-            return _json(authority.completed(made))
-        return _json(await service.create_vm(made), 201)
+            return _json(storage.shown(authority.completed(made)))
+        return _json(storage.shown(await service.create_vm(made)), 201)
 
     @app.post("/v1/vms/{name}/{action}")
     async def act(name: str, action: str, request: Request) -> JSONResponse:
@@ -392,17 +423,28 @@ def _machines(app: FastAPI, service: Service) -> None:
         if action not in ("start", "pause", "resume", "suspend", "stop"):
             why = f"there is no action {action}"
             raise Blocked([Refused(code="unknown_action", what=f"vm {name}", why=why)])
-        return _json(await service.vm_action(name, action))
+        return _json(storage.shown(await service.vm_action(name, action)))
 
     @app.patch("/v1/vms/{name}/interfaces/{network}")
     async def change_addresses(name: str, network: str, request: Request) -> JSONResponse:
         wish = msgspec.to_builtins(await _body(request, AddressWish))
-        return _json(await service.change_addresses(name, network, wish))
+        return _json(storage.shown(await service.change_addresses(name, network, wish)))
 
     @app.delete("/v1/vms/{name}", status_code=204)
     async def delete_vm(name: str) -> Response:
         await service.delete_vm(name)
         return Response(status_code=204)
+
+
+def _disks(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/vms/{name}/disks/move")
+    async def move_disk(name: str, request: Request) -> JSONResponse:
+        wish = await _body(request, DiskMoveWish)
+        if wish.dry_run:
+            _, blockers = await service.disk_blockers(name, wish.disk, wish.to)
+            return _json({"vm": name, "disk": wish.disk, "to": wish.to, "blockers": blockers})
+        move = await service.move_disk(name, wish.disk, wish.to, wish.options)
+        return _json({"id": move}, 202)
 
 
 async def _migrate(service: Service, name: str, wish: MigrateWish) -> JSONResponse:

@@ -64,6 +64,8 @@ def timeline(receipt: dict[str, Any]) -> str:
     """Return an SVG of `receipt` (of a move that has ended as moved); ValueError otherwise."""
     if receipt["outcome"] != "moved":
         raise ValueError("only a move that reached its new host has a timeline")
+    if receipt["mode"] == "storage":
+        raise ValueError("a disk moved alone: nothing of the network did")
     if receipt["vm_stop_ms"] is None:
         raise ValueError("the VM was at rest, or did not wake: there is nothing to draw")
     at = {each["phase"]: _at_ms(each["at"]) for each in receipt["phases"]}

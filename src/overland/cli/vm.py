@@ -150,6 +150,38 @@ def interface_change(
     show(Client(api).call("PATCH", f"/v1/vms/{name}/interfaces/{network}", wish), output)
 
 
+disk = typer.Typer(no_args_is_help=True, help="Disks of a VM.")
+vm.add_typer(disk, name="disk")
+
+
+@disk.command("move")
+def disk_move(
+    name: str,
+    disk: Annotated[str, typer.Argument(help="its path, as `vm show` has it")],
+    to: Annotated[str, typer.Option(help="the VM's own host")],
+    bandwidth: Annotated[str | None, typer.Option(help="bytes a second, such as 1GiB")] = None,
+    timeout: Annotated[str, typer.Option(help="for the copy")] = "1h",
+    dry_run: Annotated[
+        bool, typer.Option(help="check only, and list what stands against it")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="or print the id at once")] = True,
+    api: Api = None,
+    output: Output = Format.table,
+) -> None:
+    """Bring a disk that was left behind to its VM, which runs on meanwhile; prints the receipt."""
+    client = Client(api)
+    wish = {
+        "disk": disk,
+        "to": to,
+        "dry_run": dry_run,
+        "options": {
+            "bandwidth_bytes_per_s": amount(bandwidth, "--bandwidth", parse_size),
+            "timeout_s": amount(timeout, "--timeout", parse_duration),
+        },
+    }
+    _moved(client, client.call("POST", f"/v1/vms/{name}/disks/move", wish), wish, wait, output)
+
+
 @vm.command("delete")
 def vm_delete(name: str, api: Api = None, output: Output = Format.table) -> None:
     """Stop and remove a VM."""
@@ -236,8 +268,14 @@ def migrate(
             "storage": choice,
         },
     }
-    answer = client.call("POST", f"/v1/vms/{name}/migrate", wish)
-    if dry_run:
+    _moved(client, client.call("POST", f"/v1/vms/{name}/migrate", wish), wish, wait, output)
+
+
+def _moved(
+    client: Client, answer: dict[str, Any], wish: dict[str, Any], wait: bool, output: Format
+) -> None:
+    """Show what the NVA says of a wish for a move, or follow the move to its end."""
+    if wish["dry_run"]:
         if answer["blockers"]:
             raise Failure.of_problem(answer)
         show(answer, output)

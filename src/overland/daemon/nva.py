@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,10 @@ from overland.mobility.coordinator import close_order, recoverable
 from overland.mobility.forecast import forecast, seen_before
 from overland.mobility.messages import (
     Activate,
-    AnyOrder,
     AnyReport,
     Closed,
-    ColdOrder,
     Crashed,
+    DiskOrder,
     DropState,
     Failed,
     Progress,
@@ -41,7 +40,16 @@ from overland.mobility.messages import (
     Retire,
     WakeUp,
 )
-from overland.model.cluster import Disk, DiskState, Gateway, Mapping, Policy, Refused, Vm
+from overland.model.cluster import (
+    Disk,
+    DiskState,
+    Gateway,
+    Mapping,
+    Policy,
+    Refused,
+    Vm,
+    left_at,
+)
 from overland.model.eligibility import Signed
 from overland.model.forecast import Forecast
 from overland.model.handover import ENDED, DiskChoice, Handover, Options
@@ -54,8 +62,10 @@ from overland.nva.eligibility import longest_outage_ms
 from overland.nva.handovers import (
     RETRY_S,
     Handovers,
+    Told,
     drop_kept,
     farewells,
+    last_disk_orders,
     last_orders,
     state_since,
     turn_back,
@@ -89,8 +99,19 @@ NEGATIVE_100MS = 20
 MEMBERS_DELAY_S = 0.1
 ANSWER_LIMIT_S = 3.0
 GAUGE_LIMIT_S = 4.0
+REACH_LIMIT_S = 5.0
 
 log = logging.getLogger(__name__)
+
+
+_Question = (
+    w.HostQuestion
+    | w.FilesQuestion
+    | w.DisksQuestion
+    | w.ExporterQuestion
+    | w.ReachQuestion
+    | w.VmOrder
+)
 
 
 class Domain:
@@ -103,7 +124,9 @@ class Domain:
         self.authority = Authority(ledger, self._networks_changed)
         self._wire = WireServer(self)
         self._sealer: Sealer | None = None
-        self.handovers = Handovers(self.authority, self._tell, self._move_changed)
+        self.handovers = Handovers(self.authority, self._tell, self._move_changed, self._serve)
+        self._serving: dict[str, w.Serve] = {}
+        self._served: set[str] = set()
         self._pushes = Pushes(time.time_ns())
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Any]] = {}
@@ -214,6 +237,7 @@ class Domain:
             self._push(host, network, self._view(network), again=True)
         if self._complete:
             self._wire.send(host, w.Complete())
+        self._serve({host})
         answers = self.authority.cluster.hosts[host].answers
         self._liveness.connected(host, answers=answers)
         self._later(self._keep_host(host))
@@ -270,6 +294,10 @@ class Domain:
         self._tell_how_it_ended(host, record)
 
     def _tell_how_it_ended(self, host: str, record: Handover) -> None:
+        if record.mode == "storage":
+            for task in last_disk_orders(record, host):
+                self._tell(host, task)
+            return
         vm = self.authority.cluster.vms.get(record.vm.name)
         for order in last_orders(record, host, vm):
             self._tell(host, order)
@@ -281,6 +309,9 @@ class Domain:
             return
         if record.mode == "cold":
             self._straggled(host, record, report)
+            return
+        if record.mode == "storage":
+            self._look_at(record.vm.name)  # what it said at its return was not listened to
             return
         if isinstance(report, Closed | Failed | Progress):
             return
@@ -362,7 +393,7 @@ class Domain:
     async def _asks(
         self,
         host: str,
-        question: w.HostQuestion | w.FilesQuestion | w.DisksQuestion | w.VmOrder,
+        question: _Question,
         limit_s: float = ANSWER_LIMIT_S,
     ) -> Any:
         """The answer of NVE `host`; None when there is none in time."""
@@ -392,16 +423,20 @@ class Domain:
             case w.MoveReport(report=report):
                 if not self.handovers.report(report):
                     self._ended_report(host, report)
-            case w.VmAnswer(id=number):
+            case w.VmAnswer(id=number) | w.ExporterAnswer(id=number) | w.ReachAnswer(id=number):
                 self._answered(number, message)
             case w.VmReport(vm=name, state=state, reason=reason):
                 vm = self.authority.cluster.vms.get(name)
                 if vm is not None and vm.host == host:
                     self._later(self._note_state(name, state, reason))
-            case w.HostAnswer(id=number, answers=result) | w.FilesAnswer(id=number, missing=result):
+            case (
+                w.HostAnswer(id=number, answers=result)
+                | w.FilesAnswer(id=number, missing=result)
+                | w.DisksAnswer(id=number, states=result)
+            ):
                 self._answered(number, result)
-            case w.DisksAnswer(id=number, states=states):
-                self._answered(number, states)
+            case w.Served():
+                self._is_served(host, message)
             case w.Resync() | w.Query():
                 self._asked(host, message)
             case w.Unsupported(why=why):
@@ -464,7 +499,45 @@ class Domain:
 
     # ------------------------------------------------------------ what NVEs are told
 
+    def _serve(self, hosts: Iterable[str]) -> None:
+        """Have `hosts` offer their images as the records say now, whatever they were told."""
+        for host in sorted(hosts):
+            exports = storage.exports(self.authority.cluster, host)
+            serve = w.Serve(revision=next(self._numbers), exports=exports)
+            self._serving[host] = serve
+            self._served.discard(host)
+            self._wire.send(host, serve)
+
+    def _exports_changed(self) -> None:
+        """Tell those whose images are to be offered to others than they were."""
+        for host in self._wire.hosts() & self._serving.keys():
+            exports = storage.exports(self.authority.cluster, host)
+            if exports != self._serving[host].exports:
+                self._serve({host})
+
+    def _is_served(self, host: str, said: w.Served) -> None:
+        """What was said of an older Serve is no news."""
+        for failure in said.failures:
+            log.warning("NVE %s: %s", host, failure)
+        serve = self._serving.get(host)
+        if serve is None or said.revision != serve.revision or said.failures:
+            return
+        self._served.add(host)
+        self._later(_notify(self._acks))
+        self.handovers.served(host)
+
+    async def _until_served(self, hosts: frozenset[str]) -> None:
+        """Return when `hosts` offer their images as the records say; Blocked when they do not."""
+        try:
+            async with asyncio.timeout(ASSOCIATE_LIMIT_S), self._acks:
+                await self._acks.wait_for(lambda: hosts <= self._served)
+        except TimeoutError:
+            silent = ", ".join(sorted(hosts - self._served))
+            why = "it has a disk, and does not say who may write it"
+            raise Blocked([_refused("host_not_ready", f"host {silent}", why)]) from None
+
     def _networks_changed(self, networks: frozenset[str]) -> None:
+        self._exports_changed()
         for network in sorted(networks):
             view = self._view(network)
             for host in sorted(self._wire.hosts()):
@@ -526,7 +599,7 @@ class Domain:
                 lambda network: host in self.authority.cluster.places(network),
             )
 
-    def _tell(self, nve: str, order: AnyOrder | ColdOrder) -> None:
+    def _tell(self, nve: str, order: Told | DiskOrder) -> None:
         if isinstance(order, Activate | Retire | WakeUp | DropState):
             record = self.handovers.record(order.move) or self.authority.move(order.move)
             assert record is not None and self._sealer is not None  # noqa: PT018 - not a test
@@ -544,6 +617,7 @@ class Domain:
         host = host or vm.host
         if host not in self._wire.hosts():
             raise Blocked([_refused("host_not_ready", f"host {host}", "its NVE is away")])
+        vm = storage.with_ways(self.authority.cluster, vm, host)
         wish = {"id": next(self._numbers), "action": action, "vm": vm}
         answer: w.VmAnswer | None = await self._asks(
             host, msgspec.convert(wish, w.VmOrder), limit_s
@@ -805,6 +879,26 @@ class Domain:
         self.handovers.begin(record)
         return record.id
 
+    async def disk_blockers(self, name: str, path: str, to: str) -> tuple[Vm, tuple[Refused, ...]]:
+        """The VM as in the record of a move of its disk `path` alone, and what is against that."""
+        found = tuple(storage.alone_blockers(self.authority.cluster, name, path, to))
+        if found:
+            raise Blocked(found)
+        vm = self.authority.vm(name)
+        here = await self._in_place(vm)
+        moving = storage.alone(vm, path, here)
+        there = await self._disks(to, vm.disks)
+        return moving, tuple(storage.room_blockers(moving, here, there))
+
+    async def move_disk(self, name: str, path: str, to: str, options: Options) -> str:
+        """Bring a disk that stayed behind to its VM, which goes on; the id of that move (R-54)."""
+        moving, blockers = await self.disk_blockers(name, path, to)
+        if blockers:
+            raise Blocked(blockers)
+        record = await self.authority.begin_disk_move(uuid.uuid4().hex[:12], moving, options)
+        self.handovers.begin(record)
+        return record.id
+
     async def live_blockers(self, name: str, to: str, options: Options) -> tuple[Refused, ...]:
         """What stands against moving a running VM; its disks are looked at on both hosts."""
         found = self.authority.live_blockers(name, to, options)
@@ -818,13 +912,37 @@ class Domain:
         """The disks of `vm` as they move to host `to`, and what stands against it (R-55)."""
         if not vm.disks:
             return (), ()
+        cluster = self.authority.cluster
         there = await self._disks(to, vm.disks)
         # Of what both hosts share, a host that is gone has nothing to say: the new one sees it.
         away = vm.host not in self._wire.hosts() and storage.all_shared(vm, choice)
-        here = there if away else await self._disks(vm.host, vm.disks)
+        here = there if away else await self._in_place(vm)
         moving = storage.chosen(vm, choice, here)
-        blockers = storage.move_blockers(self.authority.cluster, moving, to, here, there)
-        return moving.disks, tuple(blockers)
+        ways = {host: await self._way(host, to) for host in sorted(left_at(moving) - {to})}
+        blockers = tuple(storage.move_blockers(cluster, moving, to, here, there, ways))
+        return storage.with_ways(cluster, moving, to).disks, blockers
+
+    async def _in_place(self, vm: Vm) -> tuple[DiskState, ...]:
+        """What there is of each disk where its image is; Blocked when somebody does not say."""
+        places = sorted({storage.place(vm, disk) for disk in vm.disks})
+        states = {host: await self._disks(host, vm.disks) for host in places}
+        return tuple(states[storage.place(vm, disk)][index] for index, disk in enumerate(vm.disks))
+
+    async def _way(self, exporter: str, to: str) -> str:
+        """Why host `to` would not reach images that `exporter` offers; empty when it would."""
+        number = next(self._numbers)
+        ready: w.ExporterAnswer | None
+        ready = await self._asks(exporter, w.ExporterQuestion(id=number))
+        if ready is None or ready.failure is not None:
+            return (ready and ready.failure) or "its NVE does not answer"
+        hosts = self.authority.cluster.hosts
+        where = storage.uri(hosts[exporter], hosts[to])
+        number = next(self._numbers)
+        reached: w.ReachAnswer | None
+        reached = await self._asks(to, w.ReachQuestion(id=number, uri=where), REACH_LIMIT_S)
+        if reached is None:
+            return f"host {to} does not say whether it reaches {where}"
+        return reached.failure or ""
 
     def _emulated(self, name: str) -> bool:
         """Under emulation a copy always ends (ADR 0006): it need not wait to be gauged.
@@ -856,6 +974,7 @@ class Domain:
         assert point is not None
         cold = point.mode == "cold"
         try:
+            await self._until_served(left_at(point.vm) & self._wire.hosts())
             at_ns = (await self._order("wake" if cold else "recover", vm)).at_ns
         except Blocked as blocked:
             await self.authority.vm_state(name, "crashed", f"not recovered: {blocked}")

@@ -32,6 +32,7 @@ from overland.dataplane.preflight import (
 from overland.dataplane.reach import answers
 from overland.dataplane.router import Routers
 from overland.dataplane.tap import TapTable
+from overland.hypervisor.exporter import RETRY_S, Exporter, not_reached
 from overland.hypervisor.images import Images
 from overland.hypervisor.mirror import credentials
 from overland.hypervisor.qemu import QemuHypervisor
@@ -39,6 +40,7 @@ from overland.mobility.messages import (
     AnyOrder,
     AnyReport,
     ColdOrder,
+    DiskOrder,
     PrepareNew,
     PrepareOld,
     PreparePeer,
@@ -48,6 +50,7 @@ from overland.model.names import port_name
 from overland.model.nve import NveIntent, VnIntent, changed
 from overland.model.ticket import Seal, Ticket
 from overland.nve.agent import Agent
+from overland.nve.alone import DiskSteps
 from overland.nve.cold import ColdMoves, ColdSteps, may_be_last
 from overland.nve.handovers import Handovers
 from overland.nve.journal import PartJournal
@@ -61,6 +64,7 @@ from overland.wire.seal import Forged, opened
 log = logging.getLogger(__name__)
 
 _Turn = w.VnPush | w.VnUpdate | w.Complete | w.VmOrder | AnyOrder | ColdOrder
+_Order = AnyOrder | ColdOrder | DiskOrder
 
 
 class Nve:
@@ -82,6 +86,11 @@ class Nve:
         pems = (config.tls.ca, config.tls.certificate, config.tls.key)
         tls_dir = credentials(run_dir / "tls", *map(Path, pems))
         self._hypervisor = QemuHypervisor(run_dir, taps, self._images, tls_dir, config.qemu)
+        address = config.underlay_ipv4 or config.underlay_ipv6 or ""
+        self._exporter = Exporter(
+            run_dir / ".exporter", self._images, tls_dir, address, config.storage_port
+        )
+        self._serving = 0
         self._agent = Agent(
             LinuxKernel(
                 *(ip, nft, gates, taps, self._routers, self._gateways, self._ila),
@@ -102,7 +111,7 @@ class Nve:
         )
         cold_steps = ColdSteps(
             config.host,
-            config.underlay_ipv4 or config.underlay_ipv6 or "",
+            address,
             self._hypervisor,
             self._images,
             self._agent,
@@ -111,6 +120,8 @@ class Nve:
             time.time_ns,
         )
         self._cold = ColdMoves(cold_steps, self._say)
+        disk_steps = DiskSteps(config.host, self._hypervisor, self._images, time.time_ns)
+        self._alone = ColdMoves(disk_steps, self._say)
         self._host = Host(name=config.host)
         self._vns: dict[str, VnIntent] = {}
         self._revisions = Revisions()
@@ -133,6 +144,7 @@ class Nve:
             if part.vm is not None and part.vm.name in self._states:
                 for port in part.ports:
                     self._adopt(part.vm.name, port.port)
+        await self._exporter.find()
         await self._handovers.resume()
         await self._routers.sweep()
         await self._gateways.sweep()
@@ -141,6 +153,7 @@ class Nve:
             group.create_task(self._agent.run())
             group.create_task(self._apply())
             group.create_task(self._watch())
+            group.create_task(self._exporter.keep())
             group.create_task(self._link.run())
 
     async def _facts(self) -> Host:
@@ -150,6 +163,7 @@ class Nve:
             underlay_ipv4=config.underlay_ipv4,
             underlay_ipv6=config.underlay_ipv6,
             locator=config.locator,
+            storage_port=config.storage_port,
             underlay_mtu=await underlay_mtu(config.underlay_ipv4 or config.underlay_ipv6),
             memory_total_mib=config.memory_mib or _memory_mib(),
             blockers=(*blockers(), *await kernel_blockers()),
@@ -216,8 +230,11 @@ class Nve:
             case w.FilesQuestion(id=number, paths=paths):
                 missing = tuple(path for path in paths if not os.access(path, os.R_OK))
                 self._link.send(w.FilesAnswer(id=number, missing=missing))
-            case w.DisksQuestion():
+            case w.DisksQuestion() | w.ExporterQuestion() | w.ReachQuestion():
                 self._later(self._disks(message))
+            case w.Serve():
+                self._serving = message.revision
+                self._later(self._serve(message))
             case w.Unsupported(why=why):
                 log.warning("NVA does not understand: %s", why)
             case w.Welcome():
@@ -226,9 +243,11 @@ class Nve:
             case w.Answer():
                 pass
 
-    def _ordered(self, order: AnyOrder | ColdOrder) -> None:
+    def _ordered(self, order: _Order) -> None:
         """What stands on a push that was sent before waits until the kernel has that (HO-22)."""
-        if isinstance(order, PrepareNew | PrepareOld | PreparePeer | ColdOrder):
+        if isinstance(order, DiskOrder):
+            self._alone.order(order)
+        elif isinstance(order, PrepareNew | PrepareOld | PreparePeer | ColdOrder):
             self._turns.put_nowait(order)
         else:
             self._handovers.order(order)
@@ -236,9 +255,34 @@ class Nve:
     async def _look(self, number: int, address: str) -> None:
         self._link.send(w.HostAnswer(id=number, answers=await answers(address)))
 
-    async def _disks(self, question: w.DisksQuestion) -> None:
-        states = await self._images.look(question.disks)
-        self._link.send(w.DisksAnswer(id=question.id, states=states))
+    async def _disks(
+        self, question: w.DisksQuestion | w.ExporterQuestion | w.ReachQuestion
+    ) -> None:
+        match question:
+            case w.DisksQuestion(id=number, disks=disks):
+                states = await self._images.look(disks)
+                self._link.send(w.DisksAnswer(id=number, states=states))
+            case w.ExporterQuestion(id=number):
+                why = await self._no_exporter()
+                self._link.send(w.ExporterAnswer(id=number, failure=why))
+            case w.ReachQuestion(id=number, uri=uri):
+                self._link.send(w.ReachAnswer(id=number, failure=await not_reached(uri)))
+
+    async def _no_exporter(self) -> str | None:
+        try:
+            await self._exporter.ready()
+        except PortFailure as failure:
+            return str(failure)
+        return None
+
+    async def _serve(self, order: w.Serve) -> None:
+        """Until it is done, or something else is wanted: of what fails the NVA hears at once."""
+        while self._serving == order.revision:
+            failures = await self._exporter.serve(order.exports)
+            self._link.send(w.Served(revision=order.revision, failures=failures))
+            if not failures:
+                return
+            await asyncio.sleep(RETRY_S)
 
     def _later(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from overland.hypervisor.mirror import tls_id
 from overland.model.cluster import Disk, Vm
 
 RX_QUEUE_FRAMES = 1024
@@ -24,12 +25,14 @@ def qemu_command(
     run_dir: Path,
     *,
     files: Sequence[Mapping[str, Any]],
+    tls: Path | None,
     firmware: Path | None,
     incoming: bool,
 ) -> list[str]:
     """Return the arguments that start `vm`; `taps` are inherited descriptors, one an interface.
 
-    `files` are QEMU's descriptions of what lies below each disk, in order.
+    `files` are QEMU's descriptions of what lies below each disk, in order. `tls` is a folder with
+    our certificate, when one of them is reached over the network.
 
     `firmware` is a file to use in place of QEMU's own.
 
@@ -59,6 +62,9 @@ def qemu_command(
     if firmware is not None:
         command += ["-bios", str(firmware)]
     command += _boot(vm)
+    if tls is not None:
+        who = f"id={tls_id('client')},endpoint=client,dir={tls},verify-peer=on"
+        command += ["-object", f"tls-creds-x509,{who}"]
     for index, (disk, file) in enumerate(zip(vm.disks, files, strict=True)):
         command += _disk(index, disk, file, boots=disk.path == vm.boot.image)
     if incoming:
@@ -80,8 +86,10 @@ def disk_node(index: int) -> str:
 
 
 def _disk(index: int, disk: Disk, file: Mapping[str, Any], *, boots: bool) -> list[str]:
-    node = {"driver": disk.format, "node-name": disk_node(index), "file": file}
-    if disk.kind == "moved":
+    # The host that has an image gives what is in it, whatever its format.
+    driver = "raw" if disk.uri else disk.format
+    node = {"driver": driver, "node-name": disk_node(index), "file": file}
+    if disk.kind == "moved" and not disk.uri:
         node |= {"discard": "unmap", "detect-zeroes": "unmap"}  # holes stay holes
     device = f"virtio-blk-pci,drive={disk_node(index)},id=blk{index},addr={FIRST_DISK + index:#x}"
     if boots:

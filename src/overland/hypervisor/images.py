@@ -72,9 +72,15 @@ class Images:
             except OSError as error:
                 raise HypervisorFailure(f"{path}: {error.strerror}") from None
 
+    async def make_for(self, move: str, disks: Sequence[Disk]) -> None:
+        """As `make`, for `move`: nobody's until `keep_taken`; content with its having made them."""
+        missing = [each for each in disks if not self._is_noted(_taken(move), self.path(each))]
+        await self.make(_taken(move), missing)
+
     async def make_missing(self, vm: Vm) -> None:
         """Make what a VM declares with a size and does not have here yet."""
-        missing = [d for d in vm.disks if d.size_bytes and not self.path(d).exists()]
+        here = [disk for disk in vm.disks if disk.size_bytes and not disk.uri]
+        missing = [disk for disk in here if not self.path(disk).exists()]
         await self.make(vm.name, missing)
 
     async def _made(self, vm: str, disk: Disk, path: Path) -> None:
@@ -166,8 +172,14 @@ class Images:
 
     def _remove_noted(self, vm: str, path: Path) -> None:
         with contextlib.suppress(OSError):
-            if (str(path), path.stat().st_ino) in self._noted(vm):
+            if self._is_noted(vm, path):
                 path.unlink()
+
+    def _is_noted(self, vm: str, path: Path) -> bool:
+        """Whether what is there is what was made, and not somebody else's of that name."""
+        with contextlib.suppress(OSError):
+            return (str(path), path.stat().st_ino) in self._noted(vm)
+        return False
 
     async def settle(self, disks: Sequence[Disk]) -> None:
         """Return when the images are on this host's disk; HypervisorFailure when they cannot be."""

@@ -49,7 +49,7 @@ def credentials(folder: Path, ca: Path, certificate: Path, key: Path) -> Path:
 
 async def offer(do: Qmp, nodes: list[str], address: str, port: int, tls: Path) -> str:
     """Let the old QEMU write `nodes`; the URI at which it finds them."""
-    creds = await _tls(do, "server", tls)
+    creds = await tls_credentials(do, "server", tls)
     inet = {"type": "inet", "data": {"host": address, "port": str(port)}}
     await do("nbd-server-start", addr=inet, **{"tls-creds": creds})
     for node in nodes:
@@ -69,7 +69,7 @@ async def withdraw(do: Qmp) -> None:
 
 async def begin(do: Qmp, nodes: list[str], uri: str, bytes_per_s: int, tls: Path) -> None:
     """Begin to copy `nodes` to where `uri` says; 0 is no limit."""
-    creds = await _tls(do, "client", tls)
+    creds = await tls_credentials(do, "client", tls)
     at = urlsplit(uri)
     for node in nodes:
         await do(
@@ -171,7 +171,7 @@ async def _clear(do: Qmp) -> None:
         if node["node-name"].startswith(_target("")):
             await do("blockdev-del", **{"node-name": node["node-name"]})
     with suppress(HypervisorFailure):
-        await do("object-del", id=_tls_id("client"))
+        await do("object-del", id=tls_id("client"))
 
 
 async def _until(do: Qmp, names: list[str] | None, status: str) -> list[dict[str, Any]]:
@@ -195,9 +195,9 @@ async def _jobs(do: Qmp) -> list[dict[str, Any]]:
     return [job for job in await do("query-jobs") if job["id"].startswith("mirror-")]
 
 
-async def _tls(do: Qmp, endpoint: str, folder: Path) -> str:
+async def tls_credentials(do: Qmp, endpoint: str, folder: Path) -> str:
     """The name of our credentials in this QEMU; a former connection may still hold on to them."""
-    name = _tls_id(endpoint)
+    name = tls_id(endpoint)
     if name not in {each["name"] for each in await do("qom-list", path="/objects")}:
         await do(
             "object-add",
@@ -209,7 +209,8 @@ async def _tls(do: Qmp, endpoint: str, folder: Path) -> str:
     return name
 
 
-def _tls_id(endpoint: str) -> str:
+def tls_id(endpoint: str) -> str:
+    """Its name, also of one that was made on the command line."""
     return f"disks-{endpoint}"
 
 

@@ -25,15 +25,16 @@ from typing import Any, Protocol
 import msgspec
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 
-from overland.hypervisor import mirror
+from overland.hypervisor import away, home, mirror
 from overland.hypervisor.accel import NOTICE, accelerator
 from overland.hypervisor.channel import Channel
 from overland.hypervisor.checkpoint import Giver, Keeper
 from overland.hypervisor.command import disk_node, qemu_command
 from overland.hypervisor.countdown import COUNTDOWN_BYTES, long_firmware
 from overland.hypervisor.images import Images
+from overland.hypervisor.process import alive, ours, until_gone
 from overland.hypervisor.statefile import Taker, give
-from overland.model.cluster import Vm, moved_disks
+from overland.model.cluster import Disk, Vm, moved_disks
 from overland.model.forecast import Gauge
 from overland.model.handover import Checkpoint, Storage, Transfer
 from overland.ports import HypervisorFacts, HypervisorFailure, RunState
@@ -184,7 +185,7 @@ class QemuHypervisor:
             part.unlink(missing_ok=True)
         for folder in sorted(self._run_dir.glob("*/pid")):
             name = folder.parent.name
-            pid = _our_process(folder, name)
+            pid = ours(folder, f"overland-{name}")
             if pid and name not in self._machines:
                 with contextlib.suppress(HypervisorFailure):
                     await self._recall(await self._connect(name, pid))
@@ -232,7 +233,7 @@ class QemuHypervisor:
 
     async def receive(self, vm: Vm, ports: Sequence[str], listen: str) -> str:
         await self._images.make(vm.name, moved_disks(vm))
-        machine = await self._spawn(vm, ports, incoming=True)
+        machine = await self._spawn(vm, ports, incoming=True, attached=False)
         capabilities = _capabilities(waiting=True)
         await self._do(machine, "migrate-set-capabilities", capabilities=capabilities)
         # Not one frame may leave before the commit, so QEMU announces nothing (HO-13).
@@ -243,7 +244,10 @@ class QemuHypervisor:
         await self._do(machine, "migrate-incoming", uri=uri)
         return uri
 
-    async def _spawn(self, vm: Vm, ports: Sequence[str], *, incoming: bool) -> _Machine:
+    async def _spawn(
+        self, vm: Vm, ports: Sequence[str], *, incoming: bool, attached: bool = True
+    ) -> _Machine:
+        """Without `attached` it gets the images on other hosts by `attach_disks`."""
         if vm.name in self._machines:
             raise HypervisorFailure(f"VM {vm.name} is already on this host")
         facts = await self.facts()
@@ -261,7 +265,11 @@ class QemuHypervisor:
             facts.accelerator,
             fds,
             folder,
-            files=[self._images.file_node(disk) for disk in vm.disks],
+            files=[
+                self._below(vm, index, disk, attached=attached)
+                for index, disk in enumerate(vm.disks)
+            ],
+            tls=self._tls if any(away.elsewhere(vm)) else None,
             firmware=await self._long_firmware(),
             incoming=incoming,
         )
@@ -278,7 +286,17 @@ class QemuHypervisor:
             # A guest does not run with the daemon's own priority.
             os.setpriority(os.PRIO_PROCESS, process.pid, 0)
         (folder / "pid").write_text(f"{process.pid}\n")
-        return await self._connect(vm.name, process.pid)
+        try:
+            return await self._connect(vm.name, process.pid)
+        except HypervisorFailure:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()  # or it would run, when a disk is reached at last
+            raise
+
+    def _below(self, vm: Vm, index: int, disk: Disk, *, attached: bool) -> dict[str, Any]:
+        if not disk.uri:
+            return self._images.file_node(disk)
+        return away.node(vm, index, disk) if attached else away.placeholder(disk)
 
     async def _long_firmware(self) -> Path | None:
         if self._firmware is None and await self._single_round():
@@ -298,7 +316,7 @@ class QemuHypervisor:
                 break
             except (ConnectError, OSError):
                 monitor.close()
-                if not _alive(pid) or time.monotonic() > deadline_s:
+                if not alive(pid) or time.monotonic() > deadline_s:
                     raise HypervisorFailure(f"QEMU of {name}: {self._last_word(name)}") from None
                 await asyncio.sleep(0.01)
         machine = _Machine(name, pid, client, monitor)
@@ -313,7 +331,7 @@ class QemuHypervisor:
         return lines[-1] if lines else "it ended without a word"
 
     async def _listen(self, machine: _Machine) -> None:
-        ended = asyncio.create_task(_until_gone(machine.pid))
+        ended = asyncio.create_task(until_gone(machine.pid))
         events = aiter(machine.listener)
         while True:
             following = asyncio.ensure_future(anext(events))
@@ -581,7 +599,7 @@ class QemuHypervisor:
             return
         with contextlib.suppress(ProcessLookupError):
             os.kill(machine.pid, signal.SIGKILL)
-        await _until_gone(machine.pid)
+        await until_gone(machine.pid)
         (self._run_dir / vm / "pid").unlink(missing_ok=True)
 
     async def digest(self, vm: str) -> str:
@@ -795,7 +813,39 @@ class QemuHypervisor:
         said = await self._do(machine, "query-migrate")
         return said.get("status", "none") not in ("none", *_OVER)
 
-    # ------------------------------------------------------------ disks that go along
+    # ------------------------------------------------------------ disks that stay, or go along
+
+    async def attach_disks(self, vm: Vm) -> None:
+        await away.attach(self._qmp(self._machine(vm.name)), vm, self._tls)
+
+    async def copy_disk(self, vm: Vm, bytes_per_s: int) -> None:
+        index, disk = home.which(vm)
+        do = self._qmp(self._machine(vm.name))
+        await home.begin(do, index, disk, self._images.file_node(disk), bytes_per_s)
+
+    async def copied(self, vm: Vm) -> Storage:
+        return await home.look(self._qmp(self._machine(vm.name)), home.which(vm)[0])
+
+    async def settle_disk(self, vm: Vm) -> int:
+        machine = self._machine(vm.name)
+        if await self.state(vm.name) == "running":
+            await self.pause(vm.name)
+        await home.end(self._qmp(machine), home.which(vm)[0])
+        return machine.stopped_ns or time.time_ns()
+
+    async def keep_disk(self, vm: Vm) -> int:
+        await home.switch(self._qmp(self._machine(vm.name)), home.which(vm)[0])
+        return await self._run_on(vm)
+
+    async def leave_disk(self, vm: Vm) -> None:
+        if vm.name in self._machines:
+            await home.give_up(self._qmp(self._machine(vm.name)), home.which(vm)[0])
+            await self._run_on(vm)
+
+    async def _run_on(self, vm: Vm) -> int:
+        """As it was: one that had been paused stays so."""
+        stands = await self.state(vm.name) == "paused" and vm.state == "running"
+        return await self.resume(vm.name) if stands else time.time_ns()
 
     async def offer_disks(self, vm: Vm, listen: str) -> str:
         do = self._qmp(self._machine(vm.name))
@@ -903,37 +953,3 @@ def _free_port(address: str) -> int:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except (OSError, IndexError):
-        return False
-    return state not in ("Z", "X")
-
-
-async def _until_gone(pid: int) -> None:
-    """Return when process `pid` has ended."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    loop = asyncio.get_running_loop()
-    gone = asyncio.Event()
-    loop.add_reader(fd, gone.set)
-    try:
-        await gone.wait()
-    finally:
-        loop.remove_reader(fd)
-        os.close(fd)
-
-
-def _our_process(pidfile: Path, name: str) -> int | None:
-    """The pid in `pidfile` when that process still is this VM's QEMU."""
-    try:
-        pid = int(pidfile.read_text())
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (OSError, ValueError):
-        return None
-    return pid if f"overland-{name}".encode() in command and _alive(pid) else None

@@ -48,6 +48,8 @@ from overland.mobility.messages import (
     Restored,
     Return,
     Running,
+    Serve,
+    Served,
     Start,
     Steered,
     Stopped,
@@ -64,8 +66,9 @@ from overland.mobility.saga import (
     involved,
     merge,
     names,
+    unserved,
 )
-from overland.model.cluster import VmState, moved_disks
+from overland.model.cluster import VmState, left_at, moved_disks
 from overland.model.handover import (
     ENDED,
     Acknowledgement,
@@ -104,6 +107,8 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             return _received(record, event, now_ns)
         case Committed():
             return _committed(record, event, now_s, now_ns)
+        case Served(nve=nve):
+            return _served(record, nve, now_s, now_ns)
         case Running(at_ns=at_ns):
             return _woken(msgspec.structs.replace(record, resume_ns=at_ns), now_s, now_ns)
         case Crashed(nve=nve, why=why, gone=gone):
@@ -145,7 +150,7 @@ def _start(record: Handover, now_s: float, now_ns: int) -> Step:
     if not committed(record.phase) and record.phase != "aborting":
         return _abort(record, "the NVA was restarted", now_s, now_ns)
     record = msgspec.structs.replace(record, deadline_s=now_s + _limit_s(record))
-    return record, (Publish(), *_outstanding(record))
+    return record, (Publish(), *_serve(record), *_outstanding(record))
 
 
 def _limit_s(record: Handover) -> float:
@@ -179,6 +184,8 @@ def _wanted(record: Handover) -> tuple[tuple[str, ColdOrder], ...]:
         case "paused":
             uris = {"uri": record.uri, "disks_uri": record.disks_uri}
             return ((old, GiveState(move=move, vm=vm, ports=ports, **uris)),)
+        case "committed" if unserved(record):
+            return ()
         case "committed":
             version = record.version
             return ((new, WakeUp(move=move, vm=vm, ports=ports, version=version)),)
@@ -318,8 +325,22 @@ def _committed(record: Handover, event: Committed, now_s: float, now_ns: int) ->
         waiting=frozenset({record.new_nve}),
         deadline_s=now_s + WAKE_LIMIT_S,
     )
-    if carries(record):
-        return record, (Publish(), *_outstanding(record))
+    if carries(record) or unserved(record):
+        return record, (Publish(), *_serve(record), *_outstanding(record))
+    return _woken(record, now_s, now_ns)
+
+
+def _serve(record: Handover) -> tuple[Serve, ...]:
+    """Images that stay are the new host's before the VM wakes there (HO-70)."""
+    return (Serve(),) if record.phase == "committed" and unserved(record) else ()
+
+
+def _served(record: Handover, nve: str, now_s: float, now_ns: int) -> Step:
+    if record.phase != "committed" or nve not in unserved(record):
+        return record, ()
+    record = msgspec.structs.replace(record, served=record.served | {nve})
+    if unserved(record) or carries(record):
+        return record, _outstanding(record)
     return _woken(record, now_s, now_ns)
 
 
@@ -467,9 +488,10 @@ def _old_host_dead(record: Handover, now_s: float, now_ns: int) -> Step:
 
 def _needed(record: Handover) -> frozenset[str]:
     """A VM at rest of which nothing is carried needs nothing of its old host: it may be dead."""
+    images = frozenset[str]() if committed(record.phase) else left_at(record.vm)
     if carries(record):
-        return frozenset(involved(record))
-    return frozenset({record.new_nve})
+        return images.union(involved(record))
+    return images | {record.new_nve}
 
 
 def _give_up_waiting(record: Handover, nves: frozenset[str], now_s: float, now_ns: int) -> Step:

@@ -53,6 +53,8 @@ from overland.mobility.messages import (
     Retire,
     Running,
     Send,
+    Serve,
+    Served,
     Start,
     Steer,
     Steered,
@@ -70,7 +72,9 @@ from overland.mobility.saga import (
     merge,
     names,
     tell,
+    unserved,
 )
+from overland.model.cluster import left_at
 from overland.model.handover import ENDED, Acknowledgement, Handover, committed
 
 STOPPED_LIMIT_S = 5.0
@@ -126,6 +130,8 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             return _steered(record, nve, at_ns, now_s, now_ns)
         case Committed():
             return _committed(record, event, now_s, now_ns)
+        case Served(nve=nve):
+            return _served(record, nve)
         case Running():
             return _running(record, event, now_s, now_ns)
         case Crashed(nve=nve, why=why):
@@ -212,7 +218,7 @@ def _outstanding(record: Handover, nve: str) -> tuple[CoordinatorEffect, ...]:
         case "paused" | "equal":
             return _steer_again(record, nve) + _digest_again(record, nve)
         case "committed" if nve == record.new_nve:
-            return (tell(nve, Activate(move=move, version=record.version)),)
+            return (_activate(record),)
         case "committed" | "running" | "converging" if nve == record.old_nve:
             return (tell(nve, Retire(move=move, version=record.version)),)
         case "drained" | "aborting" if record.closing and nve in record.waiting:
@@ -435,10 +441,22 @@ def _committed(record: Handover, event: Committed, now_s: float, now_ns: int) ->
         commit_ns=event.at_ns,
         deadline_s=now_s + STOPPED_LIMIT_S,
     )
-    return record, (
-        tell(record.new_nve, Activate(move=record.id, version=event.version)),
-        tell(record.old_nve, Retire(move=record.id, version=event.version)),
-    )
+    retire = tell(record.old_nve, Retire(move=record.id, version=event.version))
+    return record, (_activate(record), retire)
+
+
+def _activate(record: Handover) -> Tell | Serve:
+    """The VM may run, once no former host of it can write the images that stay (HO-70)."""
+    if unserved(record):
+        return Serve()
+    return tell(record.new_nve, Activate(move=record.id, version=record.version))
+
+
+def _served(record: Handover, nve: str) -> Step:
+    if record.phase != "committed" or nve not in unserved(record):
+        return record, ()
+    record = msgspec.structs.replace(record, served=record.served | {nve})
+    return record, () if unserved(record) else (_activate(record),)
 
 
 def _running(record: Handover, event: Running, now_s: float, now_ns: int) -> Step:
@@ -606,6 +624,8 @@ def _lost(record: Handover, nve: str, now_s: float, now_ns: int, *, dead: bool) 
         if record.phase == "aborting" and not record.restored and nve in record.waiting:
             why = f"{record.reason}; {nve} is dead"
             return _restored(msgspec.structs.replace(record, reason=why), now_s, now_ns)
+    if nve in left_at(record.vm) and nve not in involved(record):
+        return _disk_lost(record, nve, now_s, now_ns)
     if nve not in involved(record) or nve in record.fenced:
         return record, ()
     if committed(record.phase) and not record.closing and not dead:
@@ -619,6 +639,16 @@ def _lost(record: Handover, nve: str, now_s: float, now_ns: int, *, dead: bool) 
     if committed(record.phase):
         return record, ()
     return _abort(record, f"{nve} is unreachable", now_s, now_ns)
+
+
+def _disk_lost(record: Handover, nve: str, now_s: float, now_ns: int) -> Step:
+    """A third host has an image: without it the move goes back, after the commit the VM waits."""
+    if not committed(record.phase):
+        return _abort(record, f"{nve} is unreachable, and has a disk of the VM", now_s, now_ns)
+    if nve not in unserved(record):
+        return record, ()
+    why = f"{nve} is away: it has a disk, and the VM waits for it"
+    return msgspec.structs.replace(record, reason=why), ()
 
 
 def _give_up_waiting(record: Handover, nves: frozenset[str], now_s: float, now_ns: int) -> Step:

@@ -193,6 +193,46 @@ class Count(Cold, frozen=True, kw_only=True, tag=True):
 ColdOrder = Associate | Suspend | GiveState | WakeUp | DropState | Return | DropCopy | Count
 
 
+# ------------------------------------------------------------ orders of a disk that moves alone
+
+
+class DiskTask(Order, frozen=True, kw_only=True, tag=True):
+    """Base: as of a cold move, an order says all, and repeated it is a question.
+
+    `vm` is the VM as it was before; its disk of kind `moved` is the one.
+    """
+
+    vm: Vm
+
+
+class CopyDisk(DiskTask, frozen=True, kw_only=True, tag=True):
+    """To the VM's NVE: copy the disk into an image here; answer Received once both are equal.
+
+    At most `bytes_per_s`, 0 is no limit. Each write of the VM goes to both meanwhile.
+    """
+
+    bytes_per_s: int = 0
+
+
+class SettleDisk(DiskTask, frozen=True, kw_only=True, tag=True):
+    """To the VM's NVE: stop the VM, with both images the same and flushed; answer Stopped."""
+
+
+class KeepDisk(DiskTask, frozen=True, kw_only=True, tag=True):
+    """To the VM's NVE after the commit: the VM runs on with the image here; answer Running."""
+
+
+class LeaveDisk(DiskTask, frozen=True, kw_only=True, tag=True):
+    """To the VM's NVE in an abort: the VM runs on with the former image; answer Restored."""
+
+
+class DropImage(DiskTask, frozen=True, kw_only=True, tag=True):
+    """To the NVE that has the former image, at the end: it goes; answer Closed."""
+
+
+DiskOrder = CopyDisk | SettleDisk | KeepDisk | LeaveDisk | DropImage
+
+
 # ------------------------------------------------------------ reports: NVE -> coordinator
 
 
@@ -342,6 +382,12 @@ class Acknowledged(Record, frozen=True, kw_only=True, tag=True):
     marking: Marking = "none"
 
 
+class Served(Record, frozen=True, kw_only=True, tag=True):
+    """NVE `nve` offers the images on its host as the records say now, and no others to anybody."""
+
+    nve: str
+
+
 class Back(Record, frozen=True, kw_only=True, tag=True):
     """NVE `nve` is connected (again): what it was told before may not have arrived."""
 
@@ -367,7 +413,16 @@ class Tick(Record, frozen=True, kw_only=True, tag=True):
 
 
 CoordinatorEvent = (
-    AnyReport | Start | Back | Committed | CommitRefused | Acknowledged | Lost | Abort | Tick
+    AnyReport
+    | Start
+    | Back
+    | Committed
+    | CommitRefused
+    | Acknowledged
+    | Served
+    | Lost
+    | Abort
+    | Tick
 )
 
 
@@ -393,12 +448,24 @@ class Ask(Record, frozen=True, kw_only=True, tag=True):
     order: ColdOrder
 
 
+class Task(Record, frozen=True, kw_only=True, tag=True):
+    """Effect of a disk's move: have `nve` carry out `order`, if it has not yet."""
+
+    nve: str
+    order: DiskOrder
+
+
 class Publish(Record, frozen=True, kw_only=True, tag=True):
     """Effect: tell the subscribers of the VM's networks what the journalled record now means."""
 
 
-CoordinatorEffect = Tell | Commit
-ColdEffect = Ask | Commit | Publish
+class Serve(Record, frozen=True, kw_only=True, tag=True):
+    """Effect: have the hosts with images that stay offer them as the records say now."""
+
+
+CoordinatorEffect = Tell | Commit | Serve
+ColdEffect = Ask | Commit | Publish | Serve
+DiskEffect = Task | Commit | Serve
 
 # ------------------------------------------------------------ effects and answers at an NVE
 
@@ -497,6 +564,10 @@ class WithdrawDisks(Do, frozen=True, kw_only=True, tag=True):
 
 class KeepDisks(Do, frozen=True, kw_only=True, tag=True):
     """The move is committed: the images made for the copy are the VM's."""
+
+
+class AttachDisks(Do, frozen=True, kw_only=True, tag=True):
+    """The move is committed: the disks that stay are reached where they are, under its version."""
 
 
 class RemoveDisks(Do, frozen=True, kw_only=True, tag=True):

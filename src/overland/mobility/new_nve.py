@@ -18,6 +18,7 @@ from overland.mobility.messages import (
     Announce,
     ArmPeers,
     ArmPorts,
+    AttachDisks,
     AwaitCopy,
     Broken,
     CleanUp,
@@ -60,7 +61,7 @@ from overland.mobility.messages import (
     WithdrawDisks,
 )
 from overland.mobility.nve import RESTARTED, Part, PartStep, failed, failure_of, to
-from overland.model.cluster import moved_disks
+from overland.model.cluster import left_at, moved_disks
 
 
 def begin(part: Part) -> PartStep:
@@ -200,8 +201,10 @@ def _stood_behind(part: Part, effect: str) -> tuple[Do, ...]:
 
 def _run(part: Part) -> tuple[Do, ...]:
     """From here on the images are the VM's, whatever becomes of this copy."""
-    disks = part.vm is not None and moved_disks(part.vm)
-    return (KeepDisks(), *_RUN) if disks else _RUN
+    keep = (KeepDisks(),) if moved_disks(part.vm) else ()
+    away = part.vm is not None and left_at(part.vm) - {part.nve}
+    attach = (AttachDisks(),) if away else ()
+    return (*keep, *attach, *_RUN)
 
 
 def _whole(part: Part) -> PartStep:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import msgspec
 
 from overland.mobility.messages import AnyOrder, Tell
+from overland.model.cluster import left_at
 from overland.model.handover import (
+    ALONE_LEGAL,
     COLD_LEGAL,
     LEGAL,
     Acknowledgement,
@@ -27,6 +29,19 @@ def involved(record: Handover) -> tuple[str, ...]:
     return (record.old_nve, record.new_nve, *record.peers)
 
 
+def serving(record: Handover) -> frozenset[str]:
+    """Hosts that offer other images, or to others, once the move is committed."""
+    return frozenset({record.old_nve}) if record.mode == "storage" else left_at(record.vm)
+
+
+def unserved(record: Handover) -> frozenset[str]:
+    """Hosts with images that stay, and of which nobody knows yet that they are the new host's.
+
+    The VM does not run before: its former host might still write them (R-14).
+    """
+    return left_at(record.vm) - record.served
+
+
 def names(seen: tuple[Acknowledgement, ...]) -> frozenset[str]:
     """Who has acknowledged."""
     return frozenset(each.nve for each in seen)
@@ -39,7 +54,7 @@ def tell(nve: str, order: AnyOrder) -> Tell:
 
 def enter(record: Handover, phase: Phase, now_ns: int) -> Handover:
     """The record in `phase`, to which a legal way must lead."""
-    legal = COLD_LEGAL if record.mode == "cold" else LEGAL
+    legal = {"cold": COLD_LEGAL, "storage": ALONE_LEGAL}.get(record.mode, LEGAL)
     assert phase in legal[record.phase], f"{record.phase} -> {phase}"
     entry = PhaseAt(phase=phase, at_ns=now_ns)
     return msgspec.structs.replace(record, phase=phase, phases=(*record.phases, entry))

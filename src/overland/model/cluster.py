@@ -52,6 +52,7 @@ class Host(Record, frozen=True, kw_only=True):
     `dead`: its lease has ended and no other host reaches it either; nobody is told of what it has.
     `connected_ns`: when its NVE said Hello (CLOCK_REALTIME), 0 while it is not connected.
     `answers`: its kernel is known to answer others on the underlay, so silence means something.
+    `storage_port`: where it offers images that VMs have left behind (TCP).
     `pauses_by` names what lets a connection pause while its VM moves hot; empty: cold moves only
     (R-32). `locator` is the /64 that leads to it in VNs of kind `ila`. `blockers` are the NVE's own
     reasons why nothing can run there (no VXLAN, no QEMU, not root).
@@ -62,6 +63,7 @@ class Host(Record, frozen=True, kw_only=True):
     underlay_ipv6: str | None = None
     locator: str | None = None
     underlay_mtu: int = 1500
+    storage_port: int = 10809
     memory_total_mib: int = 0
     memory_free_mib: int = 0
     accelerator: Literal["kvm", "tcg", "none"] = "none"
@@ -108,12 +110,19 @@ class Disk(Record, frozen=True, kw_only=True):
     `kind` says what becomes of it when the VM moves: both hosts have the same image (`shared`), it
     goes along (`moved`), or it stays and is reached over the network (`left`). `size_bytes`: of the
     image that is made when there is none; 0 when there must be one.
+
+    `at`: the host that has the image, when the VM was moved away from it; empty: the VM's own.
+    `since`: the version that the VM got by that move, or by a later one, and under which the image
+    is offered to its host. `uri`: where that is; filled in when an NVE is told, and not kept.
     """
 
     path: str
     kind: DiskKind = "shared"
     format: DiskFormat = "raw"
     size_bytes: int = 0
+    at: str = ""
+    since: int = 0
+    uri: str = ""
 
 
 class DiskState(Record, frozen=True, kw_only=True):
@@ -160,6 +169,39 @@ class Vm(Record, frozen=True, kw_only=True):
 def moved_disks(vm: Vm | None) -> tuple[Disk, ...]:
     """The disks that go along when `vm` moves."""
     return tuple(disk for disk in vm.disks if disk.kind == "moved") if vm is not None else ()
+
+
+def left_at(vm: Vm) -> frozenset[str]:
+    """The hosts with images of `vm`, of a move's record: of those that stay where they are."""
+    return frozenset(disk.at for disk in vm.disks if disk.kind == "left")
+
+
+def seen_from(vm: Vm | None, host: str, version: int | None = None) -> Vm:
+    """`vm`, of a move's record, as `host` runs it: what lies on that host is reached as a file.
+
+    With `version` the other images are those offered to the host under it: after the commit.
+    """
+    assert vm is not None
+
+    def seen(disk: Disk) -> Disk:
+        if disk.kind != "left" or disk.at == host:
+            return msgspec.structs.replace(disk, uri="")
+        return msgspec.structs.replace(disk, since=disk.since if version is None else version)
+
+    return msgspec.structs.replace(vm, disks=tuple(seen(disk) for disk in vm.disks))
+
+
+class Export(Record, frozen=True, kw_only=True):
+    """Disk number `index` of `vm` is offered to host `to`, where the VM is since `version`.
+
+    To nobody else, and under no other version: that is the right to write it (R-14).
+    """
+
+    vm: str
+    index: int
+    disk: Disk
+    to: str
+    version: int
 
 
 class Endpoint(Record, frozen=True, kw_only=True):

@@ -68,6 +68,20 @@ COLD_LEGAL: dict[Phase, frozenset[Phase]] = {
 }
 """Of a cold move: the same without `precopy`; nothing is copied while its VM runs."""
 
+ALONE_LEGAL: dict[Phase, frozenset[Phase]] = {
+    "planned": frozenset({"precopy", "aborting"}),
+    "precopy": frozenset({"paused", "aborting"}),
+    "paused": frozenset({"equal", "aborting"}),
+    "equal": frozenset({"committed", "aborting"}),
+    "committed": frozenset({"running"}),
+    "running": frozenset({"drained"}),
+    "drained": frozenset({"closed"}),
+    "closed": frozenset(),
+    "aborting": frozenset({"aborted"}),
+    "aborted": frozenset(),
+}
+"""Of a disk that moves alone: there is nothing to stage, and no mapping to converge (R-54)."""
+
 PacketAction = Literal["deliver", "hold", "redirect", "drop"]
 
 OLD_NVE_ACTION: dict[Phase, PacketAction] = {
@@ -301,21 +315,22 @@ class Transfer(Record, frozen=True, kw_only=True):
 
 
 class Handover(Record, frozen=True, kw_only=True):
-    """One move of one VM. Instants are CLOCK_REALTIME ns, 0 while they have not come.
-
-    `held_ns`: the old VM stopped receiving (gate closed). `stop_ns`, `resume_ns`: QEMU's events.
-    `equal_ns`: the new copy is whole, both are stopped (R-09). `marked`: who has the address in
-    transit in its kernel. `ends_as`: the state of the VM after a cold move. `waiting` names the
-    NVEs whose answer the present phase needs. `forecast`: what was expected before. `grounds`: why
-    it could begin, and who knew that. `restored`: an abort has the VM back at the old host. `lost`:
-    the old host is dead, or fenced by hand, so nobody restores anything. `closing`: everybody was
-    told to clean up; `unclosed`: who was given up before he said that he has. `deadline_s` is
-    compared with Tick. `uri` takes the memory, `keep_uri` the checkpoints of a warm move.
+    """One move of one VM, or, in mode `storage`, of one of its disks alone. Instants are
+    CLOCK_REALTIME ns, 0 while they have not come. `held_ns`: the old VM stopped receiving (gate
+    closed). `stop_ns`, `resume_ns`: QEMU's events. `equal_ns`: the new copy is whole, both are
+    stopped (R-09). `marked`: who has the address in transit in its kernel. `ends_as`: the state of
+    the VM after a cold move. `waiting` names the NVEs whose answer the present phase needs.
+    `served`: who has said since the commit that it offers the images that stay there to the new
+    host. `forecast`: what was expected before. `grounds`: why it could begin, and who knew that.
+    `restored`: an abort has the VM back at the old host. `lost`: the old host is dead, or fenced by
+    hand, so nobody restores anything. `closing`: everybody was told to clean up; `unclosed`: who
+    was given up before he said that he has. `deadline_s` is compared with Tick. `uri` takes the
+    memory, `keep_uri` the checkpoints of a warm move.
     """
 
     id: str
     vm: Vm
-    mode: Literal["hot", "warm", "cold"] = "hot"
+    mode: Literal["hot", "warm", "cold", "storage"] = "hot"
     old_nve: str
     new_nve: str
     peers: tuple[str, ...] = ()
@@ -339,6 +354,7 @@ class Handover(Record, frozen=True, kw_only=True):
     closed_ns: int = 0
     marked: tuple[Acknowledgement, ...] = ()
     ends_as: VmState = "running"
+    served: frozenset[str] = frozenset()
     steered: tuple[Acknowledgement, ...] = ()
     acknowledged: tuple[Acknowledgement, ...] = ()
     fenced: tuple[str, ...] = ()

@@ -173,6 +173,16 @@ def router_namespace(prefix: str, device: str) -> str:
     return f"{prefix}-r{vni_of(device)}"
 
 
+def export_name(vm: str, index: int, version: int) -> str:
+    """Under which an image that stayed behind is offered: by version, so one that is over fails."""
+    return f"{vm}/{index}/{version}"
+
+
+def image_node(vm: str, index: int) -> str:
+    """Name of the block node of an image in the exporter of the host that has it."""
+    return f"ovd{_digest(vm, index)}"
+
+
 def hold_name(device: str, mac: str) -> str:
     """Kernel name of the queue that holds frames for `mac` diverted from `device`."""
     return f"ovh{_digest(device, mac)}"

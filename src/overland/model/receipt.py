@@ -63,6 +63,11 @@ def receipt(record: Handover) -> dict[str, Any]:
             "sent_bytes": record.storage.sent_bytes,
             "resent_bytes": record.storage.resent_bytes,
             "digests": record.digest_new.split(" ")[1:],
+            "left": [
+                {"disk": disk.path, "at": disk.at}
+                for disk in record.vm.disks
+                if disk.kind == "left"
+            ],
         },
         "packets": {
             "held": packets.held,
@@ -166,7 +171,7 @@ def _gap(record: Handover) -> float | None:
 
 def _peers(record: Handover) -> dict[str, Any]:
     """Subscribers that held the old mapping: the old NVE and the peers."""
-    holders = {record.old_nve, *record.peers}
+    holders = {record.old_nve, *record.peers} if record.mode != "storage" else set()
     seen = [each for each in record.acknowledged if each.nve in holders]
     slowest = max(seen, key=lambda each: each.at_ns, default=None)
     return {

@@ -27,6 +27,7 @@ from overland.model.cluster import (
     Vm,
     VmState,
     WaysOut,
+    moved_disks,
 )
 from overland.model.eligibility import (
     Declaration,
@@ -76,6 +77,21 @@ def _state_after(record: Handover, vm: Vm) -> VmState:
     if vm.state != "migrating":
         return vm.state
     return record.ends_as if record.outcome == "moved" else record.vm.state
+
+
+def _committed(record: Handover, vm: Vm) -> Vm:
+    """The VM once `record` is committed: elsewhere, under another version, or with a disk of its
+    own again."""
+    if record.mode == "storage":
+        return msgspec.structs.replace(vm, disks=storage.brought(vm, record))
+    state = vm.state if record.mode == "cold" else "running"
+    disks = storage.after_move(vm, record)
+    vm = msgspec.structs.replace(
+        vm, version=record.version, host=record.new_nve, state=state, disks=disks
+    )
+    if record.phase in ENDED:  # at rest: with the commit all is done
+        vm = msgspec.structs.replace(vm, move=None, state=_state_after(record, vm))
+    return vm
 
 
 def _revoked(known: Eligibility, origin: str, now_ns: int) -> Eligibility:
@@ -293,7 +309,7 @@ class Authority:
         if name not in self.cluster.hosts:
             _stop_if(rules.host_blockers(self.cluster, name))
         plan, refused = drain_plan(self.cluster, name)
-        _stop_if(refused)
+        _stop_if((*storage.drain_blockers(self.cluster, name), *refused))
         return plan
 
     async def drain(self, name: str, *, drained: bool) -> None:
@@ -587,8 +603,14 @@ class Authority:
             point, vm = self.recovery_point(name), self._vm(name)
             _stop_if(rules.recover_blockers(self.cluster, name, point, fenced=fenced))
             assert point is not None
+            host, version = keeper(point), point.version + 1
+            assert host is not None
             vm = msgspec.structs.replace(
-                vm, host=keeper(point), version=point.version + 1, state="preparing"
+                vm,
+                host=host,
+                version=version,
+                state="preparing",
+                disks=storage.settled(vm.disks, host, version),
             )
             await self._write({f"vm/{name}": vm})
             self.cluster.vms[name] = vm
@@ -635,6 +657,33 @@ class Authority:
             self.cluster.vms[name] = moving
             self.cluster.moves[move_id] = record
         self._news(frozenset(port.network for port in record.ports))
+        return record
+
+    async def begin_disk_move(self, move_id: str, moving: Vm, options: Options) -> Handover:
+        """Journal the move of one disk alone (of kind moved in `moving`); Blocked if it may not be.
+
+        The VM is not moved meanwhile, nor anything else done to it.
+        """
+        async with self._lock:
+            [disk] = moved_disks(moving)
+            to = moving.host
+            _stop_if(storage.alone_blockers(self.cluster, moving.name, disk.path, to))
+            vm = self._vm(moving.name)
+            record = Handover(
+                id=move_id,
+                vm=msgspec.structs.replace(vm, disks=moving.disks),
+                mode="storage",
+                old_nve=disk.at,
+                new_nve=to,
+                ports=(),
+                options=options,
+                version=vm.version,
+                phases=(PhaseAt(phase="planned", at_ns=time.time_ns()),),
+            )
+            vm = msgspec.structs.replace(vm, move=move_id)
+            await self._write({f"move/{move_id}": record, f"vm/{vm.name}": vm})
+            self.cluster.vms[vm.name] = vm
+            self.cluster.moves[move_id] = record
         return record
 
     def _planned(self, move_id: str, vm: Vm, to: str, options: Options) -> Handover:
@@ -721,14 +770,10 @@ class Authority:
         """
         async with self._lock:
             vm = self.cluster.vms.get(record.vm.name)
-            if vm is None or vm.version != record.version - 1 or vm.move != record.id:
-                raise Conflict(f"vm {record.vm.name} is not at version {record.version - 1}")
-            state = vm.state if record.mode == "cold" else "running"
-            vm = msgspec.structs.replace(
-                vm, version=record.version, host=record.new_nve, state=state
-            )
-            if record.phase in ENDED:  # at rest: with the commit all is done
-                vm = msgspec.structs.replace(vm, move=None, state=_state_after(record, vm))
+            before = record.version if record.mode == "storage" else record.version - 1
+            if vm is None or vm.version != before or vm.move != record.id:
+                raise Conflict(f"vm {record.vm.name} is not at version {before}")
+            vm = _committed(record, vm)
             await self._write({f"move/{record.id}": record, f"vm/{vm.name}": vm})
             self.cluster.vms[vm.name] = vm
             self._note_move(record)

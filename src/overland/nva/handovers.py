@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from overland.mobility import cold, coordinator
+from overland.mobility import alone, cold, coordinator, saga
 from overland.mobility import messages as m
 from overland.model.cluster import Vm, VmState
 from overland.model.handover import ENDED, Handover, Marking, committed, marking
@@ -27,7 +27,8 @@ TICK_S = 0.25
 """Longest time between two looks at a deadline; a nearer deadline is met when it comes."""
 
 
-Effects = tuple[m.CoordinatorEffect | m.ColdEffect, ...]
+Effects = tuple[m.CoordinatorEffect | m.ColdEffect | m.DiskEffect, ...]
+Told = m.AnyOrder | m.ColdOrder
 Step = tuple[Handover, Effects]
 
 
@@ -53,17 +54,19 @@ class Records(Protocol):
 
 
 class Handovers:
-    """All open moves of the domain."""
+    """All open moves of the domain. `serve` has these hosts offer their images as records say."""
 
     def __init__(
         self,
         records: Records,
-        tell: Callable[[str, m.AnyOrder | m.ColdOrder], None],
+        tell: Callable[[str, Told | m.DiskOrder], None],
         changed: Callable[[Handover], None],
+        serve: Callable[[frozenset[str]], None],
     ) -> None:
         self._records = records
         self._tell = tell
         self._changed = changed
+        self._serve = serve
         self._open: dict[str, _Move] = {}
 
     async def recover(self) -> None:
@@ -74,7 +77,7 @@ class Handovers:
 
     def begin(self, record: Handover) -> None:
         """Start or continue a journalled move."""
-        move = _Move(record, self._records, self._tell, self._changed)
+        move = _Move(record, self._records, self._tell, self._changed, self._serve)
         self._open[record.id] = move
         move.post(m.Start())
         task = asyncio.create_task(move.run())
@@ -88,7 +91,7 @@ class Handovers:
         """NVE `nve` has `vm`'s mappings of at least `version` in its kernel."""
         for move in self._open.values():
             record = move.record
-            hot = record.mode != "cold"  # of a cold one the marking counts as well
+            hot = record.mode in ("hot", "warm")  # of a cold one the marking counts as well
             if hot and record.vm.name == vm and record.commit_ns and version >= record.version:
                 move.post(m.Acknowledged(nve=nve, at_ns=time.time_ns()))
 
@@ -104,6 +107,12 @@ class Handovers:
             found = marked_at(move.record, view, has_part)
             if found is not None:
                 move.post(m.Acknowledged(nve=nve, at_ns=time.time_ns(), marking=found))
+
+    def served(self, nve: str) -> None:
+        """NVE `nve` offers its images as the records say now: in a committed move, as that says."""
+        for move in self._open.values():
+            if move.record.commit_ns and nve in saga.serving(move.record):
+                move.post(m.Served(nve=nve))
 
     def lost(self, nve: str, *, dead: bool) -> None:
         """The lease of NVE `nve` has ended; `dead`: nobody hears its host either."""
@@ -138,13 +147,15 @@ class _Move:
         self,
         record: Handover,
         records: Records,
-        tell: Callable[[str, m.AnyOrder | m.ColdOrder], None],
+        tell: Callable[[str, Told | m.DiskOrder], None],
         changed: Callable[[Handover], None],
+        serve: Callable[[frozenset[str]], None],
     ) -> None:
         self.record = record
         self._records = records
         self._tell = tell
         self._changed = changed
+        self._serve = serve
         self._events: asyncio.Queue[m.CoordinatorEvent] = asyncio.Queue()
         self._published = False
         self._ticked_s = time.monotonic()
@@ -218,7 +229,7 @@ class _Move:
         They have been steered already; their work must not stand in the way of the VM's first
         step. So: with the first event after the commit, at the latest the next tick.
         """
-        hot = self.record.mode != "cold"  # a cold move says itself when they are told
+        hot = self.record.mode in ("hot", "warm")  # the others say themselves when they are told
         if hot and committed(self.record.phase) and not self._published:
             self._published = True
             self._records.publish(self.record)
@@ -227,10 +238,16 @@ class _Move:
         """In this order; the commit is made by the caller."""
         for effect in effects:
             match effect:
-                case m.Tell(nve=nve, order=order) | m.Ask(nve=nve, order=order):
+                case (
+                    m.Tell(nve=nve, order=order)
+                    | m.Ask(nve=nve, order=order)
+                    | m.Task(nve=nve, order=order)
+                ):
                     self._tell(nve, order)
                 case m.Publish():
                     self._records.publish(self.record)
+                case m.Serve():
+                    self._serve(saga.serving(self.record))
                 case m.Commit():
                     pass
 
@@ -248,9 +265,10 @@ class _Move:
 
 
 def _step(record: Handover, event: m.CoordinatorEvent) -> Step:
-    """The machine of the move's mode; all else is the same for both."""
-    step = cold.step if record.mode == "cold" else coordinator.step
-    return step(record, event, time.monotonic(), time.time_ns())
+    """The machine of the move's mode; all else is the same for all."""
+    machine = {"cold": cold.step, "storage": alone.step}.get(record.mode, coordinator.step)
+    after, effects = machine(record, event, time.monotonic(), time.time_ns())
+    return after, effects
 
 
 def marked_at(
@@ -280,14 +298,14 @@ def drop_kept(record: Handover) -> m.DropState:
     return m.DropState(move=record.id, vm=record.vm, ports=record.ports, version=version)
 
 
-def farewells(record: Handover, vm: Vm | None) -> tuple[tuple[str, m.AnyOrder | m.ColdOrder], ...]:
+def farewells(record: Handover, vm: Vm | None) -> tuple[tuple[str, Told], ...]:
     """What is said once a move has ended, to NVEs that may have missed the end (HO-57, HO-59).
 
     Of a hot move to those who were given up, or have not said that they closed. Of a cold one to
     the new NVE, unless it has said that the VM is as it must be, and to an old one that was given
     up. Those who are away are told when they come back.
     """
-    if record.phase not in ENDED:
+    if record.phase not in ENDED or record.mode == "storage":
         return ()
     if record.mode != "cold":
         silent = sorted(record.unclosed.union(record.fenced))
@@ -310,6 +328,14 @@ def _last_order_cold(record: Handover, nve: str, vm: Vm | None) -> m.ColdOrder:
     if waits and record.outcome == "moved" and nve == record.new_nve:
         return m.WakeUp(move=move, vm=record.vm, ports=ports, version=record.version)
     return m.DropCopy(move=move, vm=record.vm, ports=ports)
+
+
+def last_disk_orders(record: Handover, nve: str) -> tuple[m.DiskOrder, ...]:
+    """What NVE `nve` is told that may have an image of a disk's move still which is nobody's."""
+    if nve != record.new_nve:
+        return ()
+    order = m.KeepDisk if record.outcome == "moved" else m.LeaveDisk
+    return (order(move=record.id, vm=record.vm),)
 
 
 def state_since(record: Handover, vm: Vm | None, nve: str, report: m.AnyReport) -> VmState | None:
@@ -335,7 +361,7 @@ def begins_to_close(before: Handover, after: Handover) -> bool:
     return committed(after.phase) and after.closing and not before.closing
 
 
-def last_orders(record: Handover, nve: str, vm: Vm | None) -> tuple[m.AnyOrder | m.ColdOrder, ...]:
+def last_orders(record: Handover, nve: str, vm: Vm | None) -> tuple[Told, ...]:
     """What NVE `nve` is told that still has a part in a move which has ended as `record` says.
 
     What takes time there is answered by a report, and that by Close. `vm` is the VM as it is now.

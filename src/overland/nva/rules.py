@@ -318,7 +318,7 @@ def free_memory_mib(cluster: Cluster, host: Host) -> int:
     used += sum(
         move.vm.memory_mib + RESERVE_MIB
         for move in cluster.moves.values()
-        if move.new_nve == host.name
+        if move.new_nve == host.name != move.vm.host
     )
     return host.memory_total_mib - used
 

@@ -12,10 +12,10 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol, assert_never
+from typing import Any, Protocol, assert_never
 
 from overland.mobility import messages as m
-from overland.model.cluster import Vm, moved_disks
+from overland.model.cluster import Vm, moved_disks, seen_from
 from overland.model.handover import Memory, Packets, Storage, has_state, is_up
 from overland.model.names import bridge_name
 from overland.model.ticket import Seal, Ticket, ticket_refusal
@@ -188,7 +188,8 @@ class ColdSteps:
                 for port in order.ports:
                     await self._ground.ready(port.port)
                 ports = [port.port for port in order.ports]
-                at_ns = await self._hypervisor.wake(order.vm, ports)
+                vm = seen_from(order.vm, self._nve, order.version)
+                at_ns = await self._hypervisor.wake(vm, ports)
                 self._seen(order.vm.name, order.vm.state)
         except PortFailure as failure:
             return m.Crashed(move=order.move, nve=self._nve, why=str(failure))
@@ -206,7 +207,8 @@ class ColdSteps:
         name = order.vm.name
         here = await self._hypervisor.state(name) or await self._hypervisor.saved_bytes(name)
         if here:  # else it has crashed meanwhile, which has been said
-            await self._hypervisor.back_to(order.vm, [port.port for port in order.ports])
+            vm = seen_from(order.vm, self._nve)
+            await self._hypervisor.back_to(vm, [port.port for port in order.ports])
             self._seen(name, order.vm.state)
 
     async def _drop_taken(self, order: m.ColdOrder) -> None:
@@ -227,15 +229,27 @@ class ColdSteps:
         return m.Closed(move=order.move, nve=self._nve, packets=packets)
 
 
-class ColdMoves:
-    """One order at a time of each move; `say` is told what it came to."""
+Stateless = m.ColdOrder | m.DiskOrder
+"""An order that says all: the NVE keeps no part of what it belongs to."""
 
-    def __init__(self, steps: ColdSteps, say: Callable[[m.AnyReport], None]) -> None:
+
+class Steps(Protocol):
+    """What such orders come to."""
+
+    async def carry_out(self, order: Any) -> m.AnyReport:
+        """Do what `order` says, unless it is done already."""
+        ...
+
+
+class ColdMoves:
+    """One order at a time of each move, or disk's move; `say` is told what it came to."""
+
+    def __init__(self, steps: Steps, say: Callable[[m.AnyReport], None]) -> None:
         self._steps = steps
         self._say = say
-        self._at_work: dict[str, tuple[m.ColdOrder, asyncio.Task[None]]] = {}
+        self._at_work: dict[str, tuple[Stateless, asyncio.Task[None]]] = {}
 
-    def order(self, order: m.ColdOrder) -> None:
+    def order(self, order: Stateless) -> None:
         """Begin `order`; its answer comes as a report. One that is under way goes on."""
         if not self._steps.still(order):
             return
@@ -253,7 +267,7 @@ class ColdMoves:
         if self._at_work.get(move, (None, None))[1] is task:
             del self._at_work[move]
 
-    async def _carry_out(self, order: m.ColdOrder, before: asyncio.Task[None] | None) -> None:
+    async def _carry_out(self, order: Stateless, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.wait({before})
         self._say(await self._steps.carry_out(order))

@@ -21,7 +21,7 @@ import msgspec
 from overland.mobility import messages as m
 from overland.mobility import new_nve, old_nve, peer_nve
 from overland.mobility.nve import Part, PartStep
-from overland.model.cluster import moved_disks
+from overland.model.cluster import moved_disks, seen_from
 from overland.model.handover import Memory, MovingPort, Packets, Storage
 from overland.model.names import bridge_name
 from overland.model.ticket import Seal, Ticket, ticket_refusal
@@ -443,9 +443,9 @@ class _Performer:
             await self._path.cross(port.device, port.new, PROBE_LIMIT_S)
 
     async def _ReceiveCopy(self, _: m.Do) -> m.Done:
-        assert self._part.vm is not None
+        vm = seen_from(self._part.vm, self._part.nve)
         uri = await self._hypervisor.receive(
-            self._part.vm, [port.port for port in self._part.ports], self._part.ports[0].new
+            vm, [port.port for port in self._part.ports], self._part.ports[0].new
         )
         return m.Done(effect="ReceiveCopy", text=uri)
 
@@ -495,6 +495,10 @@ class _Performer:
 
     async def _KeepDisks(self, _: m.Do) -> None:
         self._images.keep(self._vm)
+
+    async def _AttachDisks(self, _: m.Do) -> None:
+        vm = seen_from(self._part.vm, self._part.nve, self._part.version)
+        await self._hypervisor.attach_disks(vm)
 
     async def _RemoveDisks(self, _: m.Do) -> None:
         self._images.remove(moved_disks(self._part.vm))

@@ -10,8 +10,8 @@ from typing import Literal
 
 import msgspec
 
-from overland.mobility.messages import AnyOrder, AnyReport, ColdOrder
-from overland.model.cluster import Disk, DiskState, Host, Mapping, Vm
+from overland.mobility.messages import AnyOrder, AnyReport, ColdOrder, DiskOrder
+from overland.model.cluster import Disk, DiskState, Export, Host, Mapping, Vm
 from overland.model.forecast import Gauge
 from overland.model.nve import VnChange, VnIntent
 
@@ -94,6 +94,27 @@ class DisksAnswer(Message, frozen=True, kw_only=True, tag=True):
     states: tuple[DiskState, ...]
 
 
+class ExporterAnswer(Message, frozen=True, kw_only=True, tag=True):
+    """To an ExporterQuestion with the same `id`: why this host offers no images; None: it can."""
+
+    id: int
+    failure: str | None = None
+
+
+class ReachAnswer(Message, frozen=True, kw_only=True, tag=True):
+    """To a ReachQuestion with the same `id`: why that is not reached; None: it is."""
+
+    id: int
+    failure: str | None = None
+
+
+class Served(Message, frozen=True, kw_only=True, tag=True):
+    """The images of Serve `revision` are offered as it says, and no others, or why not."""
+
+    revision: int
+    failures: tuple[str, ...] = ()
+
+
 class Resync(Message, frozen=True, kw_only=True, tag=True):
     """An update of VN `network` did not fit what is here: push the whole."""
 
@@ -151,7 +172,7 @@ class Complete(Message, frozen=True, kw_only=True, tag=True):
 class MoveOrder(Message, frozen=True, kw_only=True, tag=True):
     """A handover order (spec/handover.md)."""
 
-    order: AnyOrder | ColdOrder
+    order: AnyOrder | ColdOrder | DiskOrder
 
 
 class VmOrder(Message, frozen=True, kw_only=True, tag=True):
@@ -199,6 +220,30 @@ class DisksQuestion(Message, frozen=True, kw_only=True, tag=True):
     disks: tuple[Disk, ...]
 
 
+class ExporterQuestion(Message, frozen=True, kw_only=True, tag=True):
+    """Can this host offer images to others? It gets ready to. Answered by ExporterAnswer."""
+
+    id: int
+
+
+class ReachQuestion(Message, frozen=True, kw_only=True, tag=True):
+    """Does this host reach images that are offered at `uri`? (R-55) Answered by ReachAnswer."""
+
+    id: int
+    uri: str
+
+
+class Serve(Message, frozen=True, kw_only=True, tag=True):
+    """The images that this host offers from now on; what is not here is offered to nobody.
+
+    Whoever writes one that goes is cut off, and what it has begun is done, before another may.
+    Answered by Served with the same `revision`.
+    """
+
+    revision: int
+    exports: tuple[Export, ...]
+
+
 class Answer(Message, frozen=True, kw_only=True, tag=True):
     """To a Query. Without a mapping it is a negative answer (N-18) for `lifetime_100ms`.
 
@@ -225,6 +270,9 @@ FromNve = (
     | HostAnswer
     | FilesAnswer
     | DisksAnswer
+    | ExporterAnswer
+    | ReachAnswer
+    | Served
     | Resync
     | Query
     | Unsupported
@@ -239,6 +287,9 @@ FromNva = (
     | HostQuestion
     | FilesQuestion
     | DisksQuestion
+    | ExporterQuestion
+    | ReachQuestion
+    | Serve
     | Answer
     | Unsupported
 )
