@@ -126,9 +126,8 @@ class Plain:
     async def start(self, n: int, incoming: str = "") -> Copy:
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         vm = msgspec.structs.replace(VM, boot=self.boot)
-        command = qemu_command(
-            "qemu-system-x86_64", vm, "tcg", [0], folder, files=[], firmware=None, incoming=False
-        )
+        parts: dict[str, Any] = {"files": [], "tls": None, "firmware": None, "incoming": False}
+        command = qemu_command("qemu-system-x86_64", vm, "tcg", [0], folder, **parts)
         tap = "ifname=tap0,script=no,downscript=no"
         command = [word.replace("fd=0", tap) for word in command]
         if incoming:

@@ -236,6 +236,10 @@ Stateless = m.ColdOrder | m.DiskOrder
 class Steps(Protocol):
     """What such orders come to."""
 
+    def still(self, order: Any) -> bool:
+        """Whether `order` is to be carried out, or comes late."""
+        ...
+
     async def carry_out(self, order: Any) -> m.AnyReport:
         """Do what `order` says, unless it is done already."""
         ...
