@@ -66,6 +66,10 @@ class Service(Protocol):
         self, name: str, network: str, changes: dict[str, str | None]
     ) -> Vm: ...
 
+    async def add_interface(self, name: str, wish: Interface) -> Vm: ...
+
+    async def remove_interface(self, name: str, which: str) -> Vm: ...
+
     async def cold_blockers(
         self, name: str, to: str, choice: DiskChoice = "declared"
     ) -> tuple[Refused, ...]: ...
@@ -113,6 +117,19 @@ class VmWish(Record, frozen=True, kw_only=True):
     boot: Boot = Boot()
     disks: tuple[Disk, ...] = ()
     dry_run: bool = False
+
+
+class InterfaceWish(Record, frozen=True, kw_only=True):
+    """Body of POST /v1/vms/NAME/interfaces. What is left out is chosen."""
+
+    network: str
+    mac: str = ""
+    ipv4: str | None = None
+    ipv6: str | None = None
+
+    def as_wished(self) -> Interface:
+        """The interface as far as it is wished."""
+        return Interface(network=self.network, mac=self.mac, ipv4=self.ipv4, ipv6=self.ipv6)
 
 
 class AddressWish(Record, frozen=True, kw_only=True):
@@ -206,6 +223,7 @@ def create_app(service: Service) -> FastAPI:
     _gateways(app, service)
     _policies(app, service)
     _eligibility(app, service)
+    _interfaces(app, service)
     _machines(app, service)
     _moves(app, service)
     return app
@@ -322,6 +340,24 @@ def _eligibility(app: FastAPI, service: Service) -> None:
         return _json(authority.eligibility(name))
 
 
+def _interfaces(app: FastAPI, service: Service) -> None:
+    """Before the VMs' own actions: it has paths below them."""
+
+    @app.post("/v1/vms/{name}/interfaces", status_code=201)
+    async def add_interface(name: str, request: Request) -> JSONResponse:
+        wish = await _body(request, InterfaceWish)
+        return _json(await service.add_interface(name, wish.as_wished()), 201)
+
+    @app.delete("/v1/vms/{name}/interfaces/{which}")
+    async def remove_interface(name: str, which: str) -> JSONResponse:
+        return _json(await service.remove_interface(name, which))
+
+    @app.patch("/v1/vms/{name}/interfaces/{network}")
+    async def change_addresses(name: str, network: str, request: Request) -> JSONResponse:
+        wish = msgspec.to_builtins(await _body(request, AddressWish))
+        return _json(await service.change_addresses(name, network, wish))
+
+
 def _machines(app: FastAPI, service: Service) -> None:
     authority = service.authority
 
@@ -370,11 +406,6 @@ def _machines(app: FastAPI, service: Service) -> None:
             why = f"there is no action {action}"
             raise Blocked([Refused(code="unknown_action", what=f"vm {name}", why=why)])
         return _json(await service.vm_action(name, action))
-
-    @app.patch("/v1/vms/{name}/interfaces/{network}")
-    async def change_addresses(name: str, network: str, request: Request) -> JSONResponse:
-        wish = msgspec.to_builtins(await _body(request, AddressWish))
-        return _json(await service.change_addresses(name, network, wish))
 
     @app.delete("/v1/vms/{name}", status_code=204)
     async def delete_vm(name: str) -> Response:

@@ -17,6 +17,7 @@ from overland.model.cluster import (
     Record,
     Vm,
     VmState,
+    numbered,
 )
 from overland.model.eligibility import Eligibility
 from overland.model.handover import Handover, Marking, marking
@@ -61,7 +62,7 @@ class Cluster:
         """Every interface, where its owner's record says it is."""
         for vm in self.vms.values():
             move = self.moves.get(vm.move or "")
-            for index, interface in enumerate(vm.interfaces):
+            for index, interface in numbered(vm):
                 yield Tsi(
                     owner=vm.name,
                     index=index,
@@ -69,7 +70,7 @@ class Cluster:
                     host=vm.host,
                     interface=interface,
                     version=vm.version,
-                    active=vm.state not in AT_REST,
+                    active=vm.state not in AT_REST and interface.change != "adding",
                     marking=marking(move) if move is not None else "none",
                 )
         for endpoint in self.endpoints.values():
