@@ -105,31 +105,32 @@ class PolicyWish(Record, frozen=True, kw_only=True):
     networks: tuple[str, str]
 
 
+class InterfaceWish(Record, frozen=True, kw_only=True):
+    """Body of POST /v1/vms/NAME/interfaces, and a part of VmWish. What is left out is chosen."""
+
+    network: str = ""
+    mac: str | None = None
+    ipv4: str | None = None
+    ipv6: str | None = None
+
+    def as_wished(self) -> Interface:
+        """The interface as far as it is wished."""
+        mac = self.mac or ""
+        return Interface(network=self.network, mac=mac, ipv4=self.ipv4, ipv6=self.ipv6)
+
+
 class VmWish(Record, frozen=True, kw_only=True):
     """Body of POST /v1/vms. Addresses left out are chosen; `dry_run` shows them, no more."""
 
     name: str
     owner: str = ""
     host: str
-    interfaces: tuple[dict[str, str | None], ...]
+    interfaces: tuple[InterfaceWish, ...]
     memory_mib: int = 128
     vcpus: int = 1
     boot: Boot = Boot()
     disks: tuple[Disk, ...] = ()
     dry_run: bool = False
-
-
-class InterfaceWish(Record, frozen=True, kw_only=True):
-    """Body of POST /v1/vms/NAME/interfaces. What is left out is chosen."""
-
-    network: str
-    mac: str = ""
-    ipv4: str | None = None
-    ipv6: str | None = None
-
-    def as_wished(self) -> Interface:
-        """The interface as far as it is wished."""
-        return Interface(network=self.network, mac=self.mac, ipv4=self.ipv4, ipv6=self.ipv6)
 
 
 class AddressWish(Record, frozen=True, kw_only=True):
@@ -372,20 +373,11 @@ def _machines(app: FastAPI, service: Service) -> None:
     @app.post("/v1/vms", status_code=201)
     async def create_vm(request: Request) -> JSONResponse:
         wish = await _body(request, VmWish)
-        interfaces = tuple(
-            Interface(
-                network=each.get("network") or "",
-                mac=each.get("mac") or "",
-                ipv4=each.get("ipv4"),
-                ipv6=each.get("ipv6"),
-            )
-            for each in wish.interfaces
-        )
         made = Vm(
             name=wish.name,
             owner=wish.owner,
             host=wish.host,
-            interfaces=interfaces,
+            interfaces=tuple(each.as_wished() for each in wish.interfaces),
             memory_mib=wish.memory_mib,
             vcpus=wish.vcpus,
             boot=wish.boot,

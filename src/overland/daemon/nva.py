@@ -54,6 +54,7 @@ from overland.model.cluster import (
 from overland.model.eligibility import Signed
 from overland.model.forecast import Forecast
 from overland.model.handover import ENDED, DiskChoice, Handover, Options
+from overland.model.nve import TsiIntent
 from overland.model.receipt import receipt, timestamp
 from overland.model.ticket import ticket_of
 from overland.nva import rules, storage
@@ -595,7 +596,7 @@ class Domain:
             await self.authority.delete_vm(vm.name)
             raise
         await self.authority.vm_state(vm.name, "running")
-        return self.authority.vm(vm.name)
+        return await self._in_use(vm.name)
 
     async def vm_action(self, name: str, action: str) -> Vm:
         vm = self.authority.vm(name)
@@ -617,7 +618,14 @@ class Domain:
         if action in ("start", "wake"):
             await self._forget_kept(name)  # it has begun anew, or run on
         await self.authority.vm_state(name, _STATE_AFTER[action])
-        return self.authority.vm(name)
+        return await self._in_use(name)
+
+    async def _in_use(self, name: str) -> Vm:
+        """The VM, once its NVE lets its interfaces be used, or does not in time; it is done."""
+        vm = self.authority.vm(name)
+        if self.is_connected(vm.host) and not await self.is_associated(vm):
+            log.warning("VM %s: its NVE does not say that its interfaces are in use", name)
+        return vm
 
     async def change_addresses(self, name: str, network: str, changes: dict[str, str | None]) -> Vm:
         """Other addresses for a VM's interface; returns when its own NVE has them."""
@@ -634,9 +642,7 @@ class Domain:
         vm = self.authority.vm(name)
         if not any(each.mac == mac and each.change is None for each in vm.interfaces):
             raise Blocked([_refused("failed", f"vm {name}", why or f"it is {vm.state} now")])
-        if vm.host in self._wire.hosts():
-            await self._associated(vm)
-        return vm
+        return await self._in_use(name)
 
     async def remove_interface(self, name: str, which: str) -> Vm:
         """One interface less; returns when the VM does not have it any more."""
@@ -659,9 +665,8 @@ class Domain:
         return (answer.failure or "") if answer is not None else None
 
     async def is_associated(self, vm: Vm) -> bool:
-        """Whether the VM's own NVE comes to have its interfaces in the kernel in time."""
-        networks = {each.network for each in vm.interfaces}
-        return await self._in_kernel(vm.host, networks, vm.name, vm.version)
+        """Whether the VM's own NVE comes to have its interfaces as they are recorded, in time."""
+        return await self._in_kernel(vm.host, {each.network for each in vm.interfaces}, vm.name)
 
     async def _associated(self, vm: Vm) -> None:
         """Return when the VM's own NVE has its interfaces in the kernel, and says so.
@@ -672,12 +677,15 @@ class Domain:
             why = f"its interfaces were not associated within {ASSOCIATE_LIMIT_S:g} s"
             raise Blocked([_refused("failed", f"vm {vm.name}", why)])
 
-    async def _in_kernel(self, host: str, networks: set[str], owner: str, version: int) -> bool:
-        """Whether NVE `host` comes to have `owner` of `version` in its kernel in time."""
+    async def _in_kernel(self, host: str, networks: set[str], owner: str) -> bool:
+        """Whether NVE `host` comes to have what `owner` has there in its kernel, in time."""
+
+        def own(view: VnView | None) -> tuple[TsiIntent, ...]:
+            return view.own(host, owner) if view is not None else ()
 
         def there() -> bool:
-            views = [self._pushes.in_kernel(host, network) for network in networks]
-            return all(v is not None and v.versions.get(owner) == version for v in views)
+            has = self._pushes.in_kernel
+            return all(own(has(host, name)) == own(self._view(name)) for name in networks)
 
         try:
             async with asyncio.timeout(ASSOCIATE_LIMIT_S), self._acks:
@@ -689,8 +697,7 @@ class Domain:
     async def create_gateway(self, wish: GatewayWish) -> Gateway:
         """Record it, and return when its NVE has it; nothing stays when that does not come true."""
         gateway = await self.authority.create_gateway(wish.network, wish.host, wish.leg)
-        networks = {gateway.network}
-        if not await self._in_kernel(gateway.host, networks, gateway.owner, gateway.version):
+        if not await self._in_kernel(gateway.host, {gateway.network}, gateway.owner):
             await self.authority.delete_gateway(gateway.network)
             what, why = (
                 f"gateway of network {gateway.network}",

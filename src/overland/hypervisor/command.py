@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from overland.model.cluster import Disk, Interface, Vm, numbered
+from overland.model.cluster import PLUGGABLE, Disk, Interface, Vm, numbered
 
 RX_QUEUE_FRAMES = 1024
 """The longest receive queue of virtio-net: what the guest cannot take yet waits there."""
@@ -52,7 +52,10 @@ def qemu_command(
     ]
     for (slot, interface), fd in zip(numbered(vm), taps, strict=True):
         command += ["-netdev", json.dumps(backend(slot, str(fd)))]
-        command += ["-device", json.dumps(interface_device(slot, interface))]
+        device = interface_device(slot, interface)
+        if incoming and not vm.machine.startswith(PLUGGABLE):
+            device["guest_announce"] = True  # it may have begun with that, and wants what it had
+        command += ["-device", json.dumps(device)]
     if firmware is not None:
         command += ["-bios", str(firmware)]
     command += _boot(vm)
@@ -79,7 +82,12 @@ def backend(slot: int, descriptor: str) -> dict[str, str]:
 
 
 def interface_device(slot: int, interface: Interface) -> dict[str, Any]:
-    """An interface's device: the same for a machine that starts as for one that takes it later."""
+    """An interface's device: the same for a machine that starts as for one that takes it later.
+
+    Guests are not asked to announce themselves after a move: the NVE does that. And after a move
+    without announcements (HO-13) QEMU 7.2 dies when a guest that could be asked resets its device,
+    as it does when it lets go of it.
+    """
     return {
         "driver": "virtio-net-pci",
         "id": device_id(slot),
@@ -87,6 +95,7 @@ def interface_device(slot: int, interface: Interface) -> dict[str, Any]:
         "mac": interface.mac,
         "romfile": "",
         "rx_queue_size": RX_QUEUE_FRAMES,
+        "guest_announce": False,
         "addr": f"{FIRST_INTERFACE + slot:#x}",
     }
 
