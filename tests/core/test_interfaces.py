@@ -406,6 +406,20 @@ async def test_an_nve_that_goes_away_finishes_when_it_is_back() -> None:
     assert (nves.asked, networks(authority)) == ([vm, vm], ["blue", "red"])
 
 
+async def test_a_restarted_nve_is_asked_at_once() -> None:
+    """Nobody waits for the answer of one that was killed."""
+    authority = await domain()
+    vm = await wish(authority)
+    nves = Nves()
+    plugging = Plugging(authority, nves)
+    task = asyncio.create_task(plugging.carried_out(vm))
+    await until(lambda: nves.asked == [vm])
+    nves.answers.append("")
+    plugging.back("h1")
+    assert await task == ""
+    assert (nves.asked, networks(authority)) == ([vm, vm], ["blue", "red"])
+
+
 async def test_a_full_store_is_written_as_soon_as_it_takes_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

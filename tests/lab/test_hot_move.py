@@ -18,7 +18,8 @@ import pytest
 
 from overland.lab.topology import LABS
 from overland.model.handover import FORWARD
-from tests.lab.command import ok, run
+from overland.model.names import port_name
+from tests.lab.command import OVERLAND, ok, run
 
 LAB = "ovtest"
 pytestmark = [pytest.mark.root, pytest.mark.qemu, pytest.mark.timeout(180)]
@@ -179,6 +180,77 @@ def wait_for(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
+
+
+def in_guest(name: str, command: str) -> str:
+    return str(ok("lab", "guest", name, "--lab", LAB, "--", command))
+
+
+def has(name: str) -> list[str]:
+    """The networks of a VM's interfaces, which are all whole."""
+    faces = ok("vm", "show", name, "-o", "json")["interfaces"]
+    assert all(each["change"] is None for each in faces)
+    return [each["network"] for each in faces]
+
+
+@pytest.mark.req("H-03")
+@pytest.mark.req("H-07")
+def test_an_interface_comes_and_goes_and_the_vm_moves_in_every_way(lab: None) -> None:
+    """Both copies have the same devices after each of them; with the interface all of it goes."""
+    ok("vm", "create", "plug", "--network", "blue", "--host", "h1")
+    in_guest("plug", "true")
+    made = ok("vm", "interface", "add", "plug", "green", "-o", "json")["interfaces"][1]
+    waited = "until ip link set eth1 up 2>/dev/null; do usleep 50000; done"
+    assert made["mac"] in in_guest("plug", f"{waited}; cat /sys/class/net/eth1/address")
+    in_guest("plug", f"ip addr add {made['ipv4']}/24 dev eth1")
+    ping = ("lab", "exec", "green3", "--name", LAB, "--", "ping", "-c1", "-W2", made["ipv4"])
+
+    def is_reached() -> bool:
+        return run(*ping).returncode == 0
+
+    assert is_reached()
+    assert ok("vm", "migrate", "plug", "--to", "h2", "--verify", "-o", "json")["outcome"] == "moved"
+    assert is_reached()
+    ok("vm", "suspend", "plug")
+    assert "(code suspended)" in run("vm", "interface", "remove", "plug", "green").stderr
+    ok("vm", "resume", "plug")
+    assert is_reached()
+    ok("vm", "migrate", "plug", "--to", "h3", "--cold")
+    assert is_reached()
+    ok("vm", "migrate", "plug", "--to", "h1", "--warm", "--interval", "200ms", "--checkpoints", "1")
+    assert is_reached()
+    ok("vm", "interface", "remove", "plug", "green")
+    assert has("plug") == ["blue"]
+    assert in_guest("plug", "ls /sys/class/net").split() == ["eth0", "lo"]
+    links = ok("lab", "exec", "h1", "--name", LAB, "--", "ip", "-o", "link")
+    assert port_name("plug", 1) not in links
+    entries = ok("lab", "exec", "h3", "--name", LAB, "--", "bridge", "fdb", "show")
+    assert made["mac"] not in entries
+    assert ok("vm", "migrate", "plug", "--to", "h2", "--verify", "-o", "json")["outcome"] == "moved"
+    ok("vm", "delete", "plug")
+
+
+@pytest.mark.req("H-03")
+def test_a_guest_that_does_not_let_go_keeps_its_interface_and_moves_with_it(lab: None) -> None:
+    """Its NVE is killed while it waits; the next one asks again, and says how it ended."""
+    ok("vm", "create", "deaf", "--network", "blue", "--host", "h1", "--append", "acpiphp.disable=1")
+    in_guest("deaf", "true")
+    ok("vm", "interface", "add", "deaf", "green")
+    command = (*OVERLAND, "vm", "interface", "remove", "deaf", "green")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as removing:
+        faces = lambda: ok("vm", "show", "deaf", "-o", "json")["interfaces"]  # noqa: E731
+        wait_for(lambda: faces()[1]["change"] == "removing")
+        refused = run("vm", "migrate", "deaf", "--to", "h2")
+        os.kill(int((LABS / LAB / "h1.pid").read_text()), signal.SIGKILL)
+        ok("lab", "restart", "h1", "--name", LAB)
+        _, said = removing.communicate(timeout=60)
+    assert (refused.returncode, "interface_change_in_progress" in refused.stderr) == (3, True)
+    assert (removing.returncode, said.count("\n")) == (1, 1)
+    assert "no word from the guest" in said
+    assert has("deaf") == ["blue", "green"]
+    assert ok("vm", "migrate", "deaf", "--to", "h2", "-o", "json")["outcome"] == "moved"
+    assert has("deaf") == ["blue", "green"]
+    ok("vm", "delete", "deaf")
 
 
 @pytest.mark.req("R-14")

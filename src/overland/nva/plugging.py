@@ -54,9 +54,11 @@ class Plugging:
         self._records = records
         self._nves = nves
         self._tasks: dict[str, asyncio.Task[str]] = {}
+        self._back: dict[str, asyncio.Event] = {}
 
     def back(self, host: str) -> None:
-        """The NVE of `host` is connected (again): what waited for it goes on."""
+        """The NVE of `host` is connected (again): what it was asked before it is asked anew."""
+        self._back.pop(host, asyncio.Event()).set()
         for vm in self._records.vms_on(host):
             if _is_changing(vm):
                 self._at_work(vm.name)
@@ -105,7 +107,14 @@ class Plugging:
         if not await self._nves.is_associated(vm):
             is_there = self._nves.is_connected(vm.host)
             return "it was not associated: its host's kernel does not have it" if is_there else None
-        return await self._nves.fit(vm)
+        fitted = asyncio.ensure_future(self._nves.fit(vm))
+        back = asyncio.ensure_future(self._back.setdefault(vm.host, asyncio.Event()).wait())
+        await asyncio.wait({fitted, back}, return_when=asyncio.FIRST_COMPLETED)
+        back.cancel()
+        if fitted.done():
+            return fitted.result()
+        fitted.cancel()  # who was asked is another one now, or may not have heard
+        return None
 
 
 def _is_changing(vm: Vm) -> bool:
