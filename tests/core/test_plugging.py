@@ -158,3 +158,51 @@ async def test_a_guest_that_does_not_let_go_holds_nobody_up(
         assert await anext(host.events()) == ("web", Unplugged(slot=1))
     await host.fit(vm, ports_of(vm))
     assert await host.plugged("web") == {0, 1}, "what was left behind it is in nobody's way"
+
+
+MACHINES = """Supported machines are:
+pc                   Standard PC (i440FX + PIIX, 1996) (alias of pc-i440fx-7.2)
+pc-i440fx-2.12       Standard PC (i440FX + PIIX, 1996)
+pc-i440fx-2.2        Standard PC (i440FX + PIIX, 1996)
+pc-i440fx-7.2        Standard PC (i440FX + PIIX, 1996) (default)
+pc-i440fx-jammy      Ubuntu 22.04 PC (i440FX + PIIX, 1996)
+q35                  Standard PC (Q35 + ICH9, 2009) (alias of pc-q35-7.2)
+pc-q35-8.0           Standard PC (Q35 + ICH9, 2009)
+none                 empty machine
+"""
+
+
+async def test_new_vms_get_a_machine_that_takes_interfaces_and_old_ones_keep_theirs(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is taken for new VMs (`Authority`); the others are for those that are on them."""
+    host = start(FakeQemu())
+
+    async def ask(*_: str) -> str:
+        return MACHINES
+
+    monkeypatch.setattr(host, "_ask", ask)
+    found = await host._machine_types()  # noqa: SLF001 - what it tells of this host
+    numbers = ("7.2", "2.12", "2.2")
+    assert found == (*(f"pc-i440fx-{number}" for number in numbers), "pc-q35-8.0")
+
+
+@pytest.mark.parametrize(
+    ("machine", "incoming", "asked"),
+    [
+        ("pc-i440fx-7.2", False, False),
+        ("pc-i440fx-7.2", True, False),
+        ("pc-q35-7.2", False, False),
+        ("pc-q35-7.2", True, True),
+    ],
+)
+def test_no_guest_is_asked_to_announce_itself_unless_it_began_with_that(
+    tmp_path: Path, machine: str, *, incoming: bool, asked: bool
+) -> None:
+    """QEMU 7.2 ends when one that can be asked resets its device after a move."""
+    vm = msgspec.structs.replace(BARE, machine=machine)
+    command = qemu_command(
+        "qemu", vm, "tcg", [7], tmp_path, files=[], firmware=None, incoming=incoming
+    )
+    (device,) = [json.loads(word) for word in command if '"virtio-net-pci"' in word]
+    assert device["guest_announce"] is asked
