@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from overland.dataplane.namespace import inside, path_of
+from overland.dataplane.nftables import Nftables
 from overland.lab.topology import LABS
 from overland.model.handover import FORWARD
 from overland.model.names import port_name
@@ -142,36 +145,56 @@ def vm_state(name: str) -> str:
     return str(ok("vm", "show", name, "-o", "json")["state"])
 
 
+def tsi(name: str, host: str) -> str:
+    """What the kernel of `host` has of the VM's first interface (RFC 8394)."""
+    port = port_name(name, 0)
+    with inside(path_of(f"ovl-{LAB}-{host}")):
+        links = {link for _, link in socket.if_nameindex()}
+        muted = Nftables().muted()
+    return "init" if port not in links else "associated" if port in muted else "activated"
+
+
 @pytest.mark.req("R-48")
 def test_the_whole_life_of_a_vm(lab: None) -> None:
-    """Create, run, pause, resume, suspend, resume, move, stop, start, crash, start, delete."""
+    """Create, run, pause, resume, suspend, resume, move, stop, start, crash, start, delete.
+
+    At each step its interface is in the kernels what docs/explanation/life-of-a-vm.md says.
+    """
     made = ok("vm", "create", "life", "--network", "blue", "--host", "h2", "-o", "json")
     address = made["interfaces"][0]["ipv4"]
     ping = ("lab", "exec", "blue3", "--name", LAB, "--", "ping", "-c1", "-W1", address)
+    assert tsi("life", "h2") == "activated"
     ok("lab", "guest", "life", "--name", LAB, "--", "echo alive > /tmp/sign")
     assert run(*ping).returncode == 0
     ok("vm", "pause", "life")
     assert (vm_state("life"), run(*ping).returncode) == ("paused", 1)
+    assert tsi("life", "h2") == "activated"
     ok("vm", "resume", "life")
     assert (vm_state("life"), run(*ping).returncode) == ("running", 0)
     ok("vm", "suspend", "life")
     assert (vm_state("life"), run(*ping).returncode) == ("suspended", 1)
+    assert tsi("life", "h2") == "associated"
     assert run("vm", "migrate", "life", "--to", "h3").returncode == 3
     ok("vm", "resume", "life")
+    assert tsi("life", "h2") == "activated"
     assert ok("lab", "guest", "life", "--name", LAB, "--", "cat /tmp/sign") == "alive\n"
     ok("vm", "migrate", "life", "--to", "h3")
     assert ok("lab", "guest", "life", "--name", LAB, "--", "cat /tmp/sign") == "alive\n"
+    assert tsi("life", "h3") == "activated"
+    wait_for(lambda: tsi("life", "h2") == "init")
     ok("vm", "stop", "life")
-    assert vm_state("life") == "shutdown"
+    assert (vm_state("life"), tsi("life", "h3")) == ("shutdown", "init")
     assert run("vm", "pause", "life").returncode == 3
     ok("vm", "start", "life")
-    assert vm_state("life") == "running"
+    assert (vm_state("life"), tsi("life", "h3")) == ("running", "activated")
     pid = int(Path(f"/var/lib/overland/labs/{LAB}/run/h3/life/pid").read_text())
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: vm_state("life") == "crashed")
+    wait_for(lambda: tsi("life", "h3") == "associated")
     ok("vm", "start", "life")
     ok("vm", "delete", "life")
     assert run("vm", "show", "life").returncode == 3
+    wait_for(lambda: tsi("life", "h3") == "init")
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
 
 
