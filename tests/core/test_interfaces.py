@@ -8,12 +8,20 @@ from typing import Literal
 import msgspec
 import pytest
 
-from overland.model.cluster import Interface, Network, Refused, Vm, VmState, numbered, ports_of
+from overland.model.cluster import (
+    SLOTS,
+    Interface,
+    Network,
+    Refused,
+    Vm,
+    VmState,
+    numbered,
+    ports_of,
+)
 from overland.model.handover import Options
 from overland.model.names import port_name
 from overland.model.nve import TsiIntent
 from overland.nva.authority import Authority, Blocked
-from overland.nva.interfaces import SLOTS
 from overland.nva.mapping import VnView
 from overland.nva.plugging import Plugging
 from overland.nva.rules import action_refused
@@ -231,6 +239,10 @@ async def test_there_is_room_for_so_many() -> None:
     with pytest.raises(Blocked) as blocked:
         await authority.add_interface("web", IN_RED)
     assert codes(blocked) == {"no_slot"}
+    many = Vm(name="many", host="h1", interfaces=(IN_RED,) * (SLOTS + 1))
+    with pytest.raises(Blocked) as blocked:
+        await authority.create_vm(many)
+    assert "no_slot" in {each.code for each in blocked.value.refusals}
 
 
 @pytest.mark.parametrize(

@@ -649,8 +649,10 @@ class Domain:
         vm = await self.authority.remove_interface(name, which)
         why = await self._plugging.carried_out(vm)
         vm = self.authority.vm(name)
-        if named(vm, which):
-            hint = "it is as it was; should the guest let go of it later, it is removed then"
+        left = named(vm, which)
+        if left:
+            whole = "it is as it was; should the guest let go of it later, it is removed then"
+            hint = f"`overland vm show {name}`" if left[0].change else whole
             raise Blocked([Refused(code="failed", what=f"vm {name}", why=why, hint=hint)])
         return vm
 

@@ -179,6 +179,9 @@ def ports_of(vm: Vm) -> list[str]:
     return [port_name(vm.name, slot) for slot, _ in numbered(vm)]
 
 
+SLOTS = 16
+"""So many interfaces a VM can have at a time: places on its bus (hypervisor/command.py)."""
+
 PLUGGABLE = "pc-i440fx-"
 """How the names of machines begin whose bus takes devices while they run: their guest is told by
 ACPI. On the other kind that we know, q35, every place would have to be made beforehand (ADR 0029).

@@ -12,13 +12,10 @@ from collections.abc import Iterator
 import msgspec
 
 from overland.mobility.coordinator import keeper
-from overland.model.cluster import PLUGGABLE, Interface, Refused, Vm, VmState, numbered
+from overland.model.cluster import PLUGGABLE, SLOTS, Interface, Refused, Vm, VmState, numbered
 from overland.model.handover import Handover
 from overland.nva import rules
 from overland.nva.cluster import AT_REST, Cluster
-
-SLOTS = 16
-"""So many interfaces a VM can have at a time: places on its bus (hypervisor/command.py)."""
 
 _OFF: tuple[VmState, ...] = ("shutdown", "crashed")
 _UP: tuple[VmState, ...] = ("running", "paused")
@@ -39,9 +36,7 @@ def add_blockers(
     """Why `vm` cannot have `wish`, completed, as one more interface now. `point` as in `rules`."""
     what = f"vm {vm.name}"
     yield from _not_now(cluster, vm, point)
-    if len(vm.interfaces) >= SLOTS:
-        why = f"it has {len(vm.interfaces)} interfaces, and room for no more"
-        yield Refused(code="no_slot", what=what, why=why, hint="remove another first")
+    yield from rules.too_many(vm.name, len(vm.interfaces) + 1)
     yield from rules.interface_blockers(cluster, vm.name, (wish,))
     for own in vm.interfaces:
         if own.mac == wish.mac:

@@ -10,6 +10,7 @@ import msgspec
 
 from overland.mobility.coordinator import keeper
 from overland.model.cluster import (
+    SLOTS,
     Endpoint,
     Host,
     Interface,
@@ -271,12 +272,20 @@ def vm_blockers(cluster: Cluster, wish: Vm) -> Iterator[Refused]:
     except ValueError as error:
         yield _no("malformed", f"vm {wish.name}", str(error))
     yield from host_blockers(cluster, wish.host)
+    yield from too_many(wish.name, len(wish.interfaces))
     yield from interface_blockers(cluster, wish.name, wish.interfaces)
     if wish.memory_mib < 16:
         yield _no("malformed", f"vm {wish.name}", f"{wish.memory_mib} MiB of memory is too little")
     if wish.host in cluster.hosts:
         yield from _fits(cluster, cluster.hosts[wish.host], wish)
         yield from reach(cluster, cluster.hosts[wish.host], wish.interfaces)
+
+
+def too_many(name: str, count: int) -> Iterator[Refused]:
+    """Why VM `name` cannot have `count` interfaces."""
+    if count > SLOTS:
+        why = f"it would have {count} interfaces, and has room for {SLOTS}"
+        yield _no("no_slot", f"vm {name}", why, "remove another first")
 
 
 def address_blockers(
