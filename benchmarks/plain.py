@@ -36,7 +36,7 @@ VM = Vm(
     host="h1",
     interfaces=(Interface(network="blue", mac="02:00:00:00:42:05"),),
     memory_mib=128,
-    machine="pc-q35-7.2",
+    machine="pc-i440fx-7.2",
     cpu="max",
 )
 

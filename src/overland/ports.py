@@ -243,6 +243,12 @@ class HypervisorFacts(Record, frozen=True, kw_only=True):
 RunState = Literal["running", "paused", "incoming", "sent", "stopped", "crashed"]
 
 
+class Unplugged(Record, frozen=True, kw_only=True):
+    """A guest has let go of the interface in `slot`: its device is gone."""
+
+    slot: int
+
+
 class Hypervisor(Protocol):
     """The VMs of one host. Ports (taps) exist before `start` and `receive`."""
 
@@ -457,8 +463,21 @@ class Hypervisor(Protocol):
         """SHA-256 of the whole guest memory of a stopped copy (R-09)."""
         ...
 
-    def events(self) -> AsyncIterator[tuple[str, RunState]]:
-        """(VM, new state) as the hypervisor itself reports it."""
+    async def fit(self, vm: Vm, ports: Sequence[str]) -> None:
+        """Plug the interfaces of a VM that is up into it, but for those that are being removed.
+
+        Content with its being so. HypervisorFailure when it did not come to that: then what was to
+        be added is not there at all, and what was to be removed is as before. It may still go, when
+        the guest, which has to let go of it, does so later (`events`).
+        """
+        ...
+
+    async def plugged(self, vm: str) -> frozenset[int]:
+        """The slots of the interfaces that a VM that is up has."""
+        ...
+
+    def events(self) -> AsyncIterator[tuple[str, RunState | Unplugged]]:
+        """(VM, new state, or what is gone of it) as the hypervisor itself reports it."""
         ...
 
     async def names(self) -> list[str]:

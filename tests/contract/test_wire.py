@@ -826,3 +826,101 @@ async def test_the_image_of_a_vm_that_is_deleted_is_offered_to_nobody(world: Wor
     await offering(one)
     await authority.delete_vm("web")
     assert (await one.hears(w.Serve)).exports == ()
+
+
+async def with_vm(world: World) -> Nve:
+    """h1 runs VM web in blue; there is a network red, too."""
+    authority = world.domain.authority
+    await authority.create_network(Network(name="blue", vni=42, ipv4="10.0.0.0/24"))
+    await authority.create_network(Network(name="red", vni=43, ipv4="10.43.0.0/24"))
+    face = Interface(network="blue", mac="02:00:00:00:00:09", slot=0)
+    web = Vm(name="web", host="h1", state="running", interfaces=(face,), machine="pc-i440fx-7.2")
+    await authority._write({"vm/web": web})  # noqa: SLF001 - as it was left
+    authority.cluster.vms["web"] = web
+    one = world.nve("h1")
+    one.vms = {"web": "running"}
+    one.connect()
+    await one.hears(w.Complete)
+    return one
+
+
+IN_RED = Interface(network="red", mac="")
+
+
+async def kept_until(one: Nve, wanted: Callable[[w.Message], bool]) -> w.Message:
+    """The next message that is `wanted`; each push until then is in the kernel at once."""
+    while True:
+        message: w.Message = await one.hears(w.Message)  # type: ignore[type-var]
+        if isinstance(message, w.VnPush | w.VnUpdate):
+            revision, versions = message.revision, message.versions
+            one.say(w.Ack(network=message.network, revision=revision, versions=versions))
+        if wanted(message):
+            return message
+
+
+async def order_to_fit(one: Nve, change: str) -> w.VmOrder:
+    order = await kept_until(one, lambda message: isinstance(message, w.VmOrder))
+    assert isinstance(order, w.VmOrder)
+    assert (order.action, order.vm.interfaces[1].change) == ("fit", change)
+    return order
+
+
+def states(message: w.Message) -> list[str]:
+    """The states of the interfaces that a push of red brings."""
+    if isinstance(message, w.VnPush) and message.network == "red" and message.intent is not None:
+        return [each.state for each in message.intent.tsis]
+    if isinstance(message, w.VnUpdate) and message.network == "red":
+        return [each.state for each in message.change.tsis or ()]
+    return []
+
+
+@pytest.mark.req("H-03")
+async def test_an_interface_comes_into_use_after_its_device_is_there(world: World) -> None:
+    """Associated and acknowledged, then the order; activated when that has been carried out."""
+    one = await with_vm(world)
+    adding = asyncio.create_task(world.domain.add_interface("web", IN_RED))
+    await kept_until(one, lambda message: states(message) == ["associated"])
+    order = await order_to_fit(one, "adding")
+    one.say(w.VmAnswer(id=order.id))
+    await kept_until(one, lambda message: states(message) == ["activated"])
+    vm = await adding
+    assert [(each.network, each.change) for each in vm.interfaces] == [
+        ("blue", None),
+        ("red", None),
+    ]
+
+
+@pytest.mark.req("H-03")
+@pytest.mark.parametrize("failure", [None, "QEMU says no"])
+async def test_a_restarted_nva_finishes_what_was_under_way(
+    world: World, failure: str | None
+) -> None:
+    """The order may have been carried out or not; it is given again, and answered again."""
+    one = await with_vm(world)
+    lost = asyncio.create_task(world.domain.add_interface("web", IN_RED))
+    await order_to_fit(one, "adding")
+    lost.cancel()
+    await one.leave()
+    heir = await world.restarted()
+    one.connect()
+    order = await order_to_fit(one, "adding")
+    one.say(w.VmAnswer(id=order.id, failure=failure))
+    if failure is None:
+        await kept_until(one, lambda message: states(message) == ["activated"])
+    else:
+        gone = await kept_until(one, lambda message: getattr(message, "intent", 0) is None)
+        assert getattr(gone, "network", "") == "red"
+    names = [each.network for each in heir.authority.vm("web").interfaces]
+    assert names == (["blue", "red"] if failure is None else ["blue"])
+
+
+@pytest.mark.req("H-07")
+async def test_a_guest_that_lets_go_late_is_believed(world: World) -> None:
+    one = await with_vm(world)
+    authority = world.domain.authority
+    vm = await authority.add_interface("web", IN_RED)
+    await authority.end_change(vm, done=True)
+    await kept_until(one, lambda message: states(message) == ["activated"])
+    one.say(w.Unplugged(vm="web", slot=1))
+    gone = await kept_until(one, lambda message: getattr(message, "intent", 0) is None)
+    assert getattr(gone, "network", "") == "red", "nothing of it is left there"

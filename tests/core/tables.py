@@ -1,29 +1,33 @@
-"""The tables of spec/handover.md that say cell by cell what a machine does."""
+"""Tables in documents that say cell by cell what the code does."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-SPEC = Path(__file__).parents[2] / "spec" / "handover.md"
+ROOT = Path(__file__).parents[2]
+SPEC = ROOT / "spec" / "handover.md"
 
 Table = dict[tuple[str, str], str]
-"""What a machine does by (column, row), in the order in which the specification shows them."""
+"""What the code does by (column, row), in the order in which the document shows them."""
 
 
-def check_table(name: str, found: Table) -> None:
-    """Compare `found` with the specification's table `name`; OVERLAND_ACCEPT=1 keeps `found`."""
+def check_table(name: str, found: Table, document: Path = SPEC, corner: str = "event") -> None:
+    """Compare `found` with the document's table `name`; OVERLAND_ACCEPT=1 keeps `found`.
+
+    `corner` heads the column in which the rows are named.
+    """
     if os.environ.get("OVERLAND_ACCEPT"):
-        _write(name, found)
-    assert found == _read(name)
+        _write(name, found, document, corner)
+    assert found == _read(name, document)
 
 
 def _mark(name: str) -> str:
     return f"<!-- {name} table -->"
 
 
-def _read(name: str) -> Table:
-    block = SPEC.read_text().split(_mark(name))[1]
+def _read(name: str, document: Path) -> Table:
+    block = document.read_text().split(_mark(name))[1]
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in block.strip().splitlines()]
     header, body = rows[0][1:], rows[2:]
     return {
@@ -31,11 +35,11 @@ def _read(name: str) -> Table:
     }
 
 
-def _write(name: str, found: Table) -> None:
-    """Put what the code does into the specification; read the difference."""
+def _write(name: str, found: Table, document: Path, corner: str) -> None:
+    """Put what the code does into the document; read the difference."""
     columns = list(dict.fromkeys(column for column, _ in found))
     rows = dict.fromkeys(row for _, row in found)
-    head = f"| event | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}\n"
+    head = f"| {corner} | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}\n"
     body = (f"| {row} | {' | '.join(found[column, row] for column in columns)} |\n" for row in rows)
-    before, _, after = SPEC.read_text().split(_mark(name))
-    SPEC.write_text(f"{before}{_mark(name)}\n{head}{''.join(body)}\n{_mark(name)}{after}")
+    before, _, after = document.read_text().split(_mark(name))
+    document.write_text(f"{before}{_mark(name)}\n{head}{''.join(body)}\n{_mark(name)}{after}")

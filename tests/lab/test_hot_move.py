@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,9 +17,12 @@ from typing import Any
 
 import pytest
 
+from overland.dataplane.namespace import inside, path_of
+from overland.dataplane.nftables import Nftables
 from overland.lab.topology import LABS
 from overland.model.handover import FORWARD
-from tests.lab.command import ok, run
+from overland.model.names import port_name
+from tests.lab.command import OVERLAND, ok, run
 
 LAB = "ovtest"
 pytestmark = [pytest.mark.root, pytest.mark.qemu, pytest.mark.timeout(180)]
@@ -141,36 +145,56 @@ def vm_state(name: str) -> str:
     return str(ok("vm", "show", name, "-o", "json")["state"])
 
 
+def tsi(name: str, host: str) -> str:
+    """What the kernel of `host` has of the VM's first interface (RFC 8394)."""
+    port = port_name(name, 0)
+    with inside(path_of(f"ovl-{LAB}-{host}")):
+        links = {link for _, link in socket.if_nameindex()}
+        muted = Nftables().muted()
+    return "init" if port not in links else "associated" if port in muted else "activated"
+
+
 @pytest.mark.req("R-48")
 def test_the_whole_life_of_a_vm(lab: None) -> None:
-    """Create, run, pause, resume, suspend, resume, move, stop, start, crash, start, delete."""
+    """Create, run, pause, resume, suspend, resume, move, stop, start, crash, start, delete.
+
+    At each step its interface is in the kernels what docs/explanation/life-of-a-vm.md says.
+    """
     made = ok("vm", "create", "life", "--network", "blue", "--host", "h2", "-o", "json")
     address = made["interfaces"][0]["ipv4"]
     ping = ("lab", "exec", "blue3", "--name", LAB, "--", "ping", "-c1", "-W1", address)
+    assert tsi("life", "h2") == "activated"
     ok("lab", "guest", "life", "--name", LAB, "--", "echo alive > /tmp/sign")
     assert run(*ping).returncode == 0
     ok("vm", "pause", "life")
     assert (vm_state("life"), run(*ping).returncode) == ("paused", 1)
+    assert tsi("life", "h2") == "activated"
     ok("vm", "resume", "life")
     assert (vm_state("life"), run(*ping).returncode) == ("running", 0)
     ok("vm", "suspend", "life")
     assert (vm_state("life"), run(*ping).returncode) == ("suspended", 1)
+    assert tsi("life", "h2") == "associated"
     assert run("vm", "migrate", "life", "--to", "h3").returncode == 3
     ok("vm", "resume", "life")
+    assert tsi("life", "h2") == "activated"
     assert ok("lab", "guest", "life", "--name", LAB, "--", "cat /tmp/sign") == "alive\n"
     ok("vm", "migrate", "life", "--to", "h3")
     assert ok("lab", "guest", "life", "--name", LAB, "--", "cat /tmp/sign") == "alive\n"
+    assert tsi("life", "h3") == "activated"
+    wait_for(lambda: tsi("life", "h2") == "init")
     ok("vm", "stop", "life")
-    assert vm_state("life") == "shutdown"
+    assert (vm_state("life"), tsi("life", "h3")) == ("shutdown", "init")
     assert run("vm", "pause", "life").returncode == 3
     ok("vm", "start", "life")
-    assert vm_state("life") == "running"
+    assert (vm_state("life"), tsi("life", "h3")) == ("running", "activated")
     pid = int(Path(f"/var/lib/overland/labs/{LAB}/run/h3/life/pid").read_text())
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: vm_state("life") == "crashed")
+    wait_for(lambda: tsi("life", "h3") == "associated")
     ok("vm", "start", "life")
     ok("vm", "delete", "life")
     assert run("vm", "show", "life").returncode == 3
+    wait_for(lambda: tsi("life", "h3") == "init")
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
 
 
@@ -179,6 +203,81 @@ def wait_for(true: Callable[[], bool]) -> None:
     while not true():
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
+
+
+def in_guest(name: str, command: str) -> str:
+    return str(ok("lab", "guest", name, "--lab", LAB, "--", command))
+
+
+def has(name: str) -> list[str]:
+    """The networks of a VM's interfaces, which are all whole."""
+    faces = ok("vm", "show", name, "-o", "json")["interfaces"]
+    assert all(each["change"] is None for each in faces)
+    return [each["network"] for each in faces]
+
+
+@pytest.mark.req("H-03")
+@pytest.mark.req("H-07")
+def test_an_interface_comes_and_goes_and_the_vm_moves_in_every_way(lab: None) -> None:
+    """Both copies have the same devices after each of them; with the interface all of it goes."""
+    ok("vm", "create", "plug", "--network", "blue", "--host", "h1")
+    in_guest("plug", "true")
+    made = ok("vm", "interface", "add", "plug", "green", "-o", "json")["interfaces"][1]
+    waited = "until ip link set eth1 up 2>/dev/null; do usleep 50000; done"
+    assert made["mac"] in in_guest("plug", f"{waited}; cat /sys/class/net/eth1/address")
+    in_guest("plug", f"ip addr add {made['ipv4']}/24 dev eth1")
+    ping = ("lab", "exec", "green3", "--name", LAB, "--", "ping", "-c1", "-W2", made["ipv4"])
+
+    def is_reached() -> bool:
+        return run(*ping).returncode == 0
+
+    assert is_reached()
+    assert ok("vm", "migrate", "plug", "--to", "h2", "--verify", "-o", "json")["outcome"] == "moved"
+    assert is_reached()
+    ok("vm", "suspend", "plug")
+    assert "(code suspended)" in run("vm", "interface", "remove", "plug", "green").stderr
+    ok("vm", "resume", "plug")
+    assert is_reached()
+    ok("vm", "migrate", "plug", "--to", "h3", "--cold")
+    assert is_reached()
+    ok("vm", "migrate", "plug", "--to", "h1", "--warm", "--interval", "200ms", "--checkpoints", "1")
+    assert is_reached()
+    ok("vm", "interface", "remove", "plug", "green")
+    assert has("plug") == ["blue"]
+    assert in_guest("plug", "ls /sys/class/net").split() == ["eth0", "lo"]
+    links = ok("lab", "exec", "h1", "--name", LAB, "--", "ip", "-o", "link")
+    assert port_name("plug", 1) not in links
+    entries = ok("lab", "exec", "h3", "--name", LAB, "--", "bridge", "fdb", "show")
+    assert made["mac"] not in entries
+    ok("vm", "pause", "plug")
+    ok("vm", "interface", "add", "plug", "green")
+    assert "(code guest_paused)" in run("vm", "interface", "remove", "plug", "green").stderr
+    ok("vm", "resume", "plug")
+    in_guest("plug", waited)
+    assert ok("vm", "migrate", "plug", "--to", "h2", "--verify", "-o", "json")["outcome"] == "moved"
+    ok("vm", "delete", "plug")
+
+
+@pytest.mark.req("H-03")
+def test_a_guest_that_does_not_let_go_keeps_its_interface_and_moves_with_it(lab: None) -> None:
+    """Its NVE is killed while it waits; the next one asks again, and says how it ended."""
+    ok("vm", "create", "deaf", "--network", "blue", "--host", "h1", "--append", "acpiphp.disable=1")
+    in_guest("deaf", "true")
+    ok("vm", "interface", "add", "deaf", "green")
+    command = (*OVERLAND, "vm", "interface", "remove", "deaf", "green")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as removing:
+        wait_for(lambda: "removing" in ok("vm", "show", "deaf", "-o", "yaml"))
+        refused = run("vm", "migrate", "deaf", "--to", "h2")
+        os.kill(int((LABS / LAB / "h1.pid").read_text()), signal.SIGKILL)
+        ok("lab", "restart", "h1", "--name", LAB)
+        _, said = removing.communicate(timeout=60)
+    assert (refused.returncode, "interface_change_in_progress" in refused.stderr) == (3, True)
+    assert (removing.returncode, said.count("\n")) == (1, 1)
+    assert "no word from the guest" in said
+    assert has("deaf") == ["blue", "green"]
+    assert ok("vm", "migrate", "deaf", "--to", "h2", "-o", "json")["outcome"] == "moved"
+    assert has("deaf") == ["blue", "green"]
+    ok("vm", "delete", "deaf")
 
 
 @pytest.mark.req("R-14")

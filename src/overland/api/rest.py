@@ -71,6 +71,10 @@ class Service(Protocol):
         self, name: str, network: str, changes: dict[str, str | None]
     ) -> Vm: ...
 
+    async def add_interface(self, name: str, wish: Interface) -> Vm: ...
+
+    async def remove_interface(self, name: str, which: str) -> Vm: ...
+
     async def cold_blockers(
         self, name: str, to: str, choice: DiskChoice = "declared"
     ) -> tuple[Refused, ...]: ...
@@ -118,13 +122,27 @@ class PolicyWish(Record, frozen=True, kw_only=True):
     networks: tuple[str, str]
 
 
+class InterfaceWish(Record, frozen=True, kw_only=True):
+    """Body of POST /v1/vms/NAME/interfaces, and a part of VmWish. What is left out is chosen."""
+
+    network: str = ""
+    mac: str | None = None
+    ipv4: str | None = None
+    ipv6: str | None = None
+
+    def as_wished(self) -> Interface:
+        """The interface as far as it is wished."""
+        mac = self.mac or ""
+        return Interface(network=self.network, mac=mac, ipv4=self.ipv4, ipv6=self.ipv6)
+
+
 class VmWish(Record, frozen=True, kw_only=True):
     """Body of POST /v1/vms. Addresses left out are chosen; `dry_run` shows them, no more."""
 
     name: str
     owner: str = ""
     host: str
-    interfaces: tuple[dict[str, str | None], ...]
+    interfaces: tuple[InterfaceWish, ...]
     memory_mib: int = 128
     vcpus: int = 1
     boot: Boot = Boot()
@@ -232,6 +250,7 @@ def create_app(service: Service) -> FastAPI:
     _gateways(app, service)
     _policies(app, service)
     _eligibility(app, service)
+    _interfaces(app, service)
     _machines(app, service)
     _disks(app, service)
     _moves(app, service)
@@ -375,6 +394,24 @@ def _eligibility(app: FastAPI, service: Service) -> None:
         return _json(authority.eligibility(name))
 
 
+def _interfaces(app: FastAPI, service: Service) -> None:
+    """Before the VMs' own actions: it has paths below them."""
+
+    @app.post("/v1/vms/{name}/interfaces", status_code=201)
+    async def add_interface(name: str, request: Request) -> JSONResponse:
+        wish = await _body(request, InterfaceWish)
+        return _json(storage.shown(await service.add_interface(name, wish.as_wished())), 201)
+
+    @app.delete("/v1/vms/{name}/interfaces/{which}")
+    async def remove_interface(name: str, which: str) -> JSONResponse:
+        return _json(storage.shown(await service.remove_interface(name, which)))
+
+    @app.patch("/v1/vms/{name}/interfaces/{network}")
+    async def change_addresses(name: str, network: str, request: Request) -> JSONResponse:
+        wish = msgspec.to_builtins(await _body(request, AddressWish))
+        return _json(storage.shown(await service.change_addresses(name, network, wish)))
+
+
 def _machines(app: FastAPI, service: Service) -> None:
     authority = service.authority
 
@@ -390,20 +427,11 @@ def _machines(app: FastAPI, service: Service) -> None:
     @app.post("/v1/vms", status_code=201)
     async def create_vm(request: Request) -> JSONResponse:
         wish = await _body(request, VmWish)
-        interfaces = tuple(
-            Interface(
-                network=each.get("network") or "",
-                mac=each.get("mac") or "",
-                ipv4=each.get("ipv4"),
-                ipv6=each.get("ipv6"),
-            )
-            for each in wish.interfaces
-        )
         made = Vm(
             name=wish.name,
             owner=wish.owner,
             host=wish.host,
-            interfaces=interfaces,
+            interfaces=tuple(each.as_wished() for each in wish.interfaces),
             memory_mib=wish.memory_mib,
             vcpus=wish.vcpus,
             boot=wish.boot,
@@ -424,11 +452,6 @@ def _machines(app: FastAPI, service: Service) -> None:
             why = f"there is no action {action}"
             raise Blocked([Refused(code="unknown_action", what=f"vm {name}", why=why)])
         return _json(storage.shown(await service.vm_action(name, action)))
-
-    @app.patch("/v1/vms/{name}/interfaces/{network}")
-    async def change_addresses(name: str, network: str, request: Request) -> JSONResponse:
-        wish = msgspec.to_builtins(await _body(request, AddressWish))
-        return _json(storage.shown(await service.change_addresses(name, network, wish)))
 
     @app.delete("/v1/vms/{name}", status_code=204)
     async def delete_vm(name: str) -> Response:

@@ -150,6 +150,35 @@ def interface_change(
     show(Client(api).call("PATCH", f"/v1/vms/{name}/interfaces/{network}", wish), output)
 
 
+@interface.command("add")
+def interface_add(
+    name: str,
+    network: Annotated[str, typer.Argument(help="NETWORK[,ipv4=A][,ipv6=A][,mac=M]")],
+    api: Api = None,
+    output: Output = Format.table,
+) -> None:
+    """Give a VM one more interface; it is plugged in if the VM is up.
+
+    Its addresses are chosen as for a new VM. The guest sets them itself.
+    """
+    wish = spec(network)
+    show(Client(api).call("POST", f"/v1/vms/{name}/interfaces", wish), output)
+
+
+@interface.command("remove")
+def interface_remove(
+    name: str,
+    which: Annotated[str, typer.Argument(help="its network, or its MAC address")],
+    api: Api = None,
+    output: Output = Format.table,
+) -> None:
+    """Take an interface from a VM; its addresses go with it.
+
+    The guest of a VM that runs has to let go of it, for which it has 10 seconds.
+    """
+    show(Client(api).call("DELETE", f"/v1/vms/{name}/interfaces/{which}"), output)
+
+
 disk = typer.Typer(no_args_is_help=True, help="Disks of a VM.")
 vm.add_typer(disk, name="disk")
 

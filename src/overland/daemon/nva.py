@@ -44,6 +44,7 @@ from overland.model.cluster import (
     Disk,
     DiskState,
     Gateway,
+    Interface,
     Mapping,
     Policy,
     Refused,
@@ -53,6 +54,7 @@ from overland.model.cluster import (
 from overland.model.eligibility import Signed
 from overland.model.forecast import Forecast
 from overland.model.handover import ENDED, DiskChoice, Handover, Options
+from overland.model.nve import TsiIntent
 from overland.model.receipt import receipt, timestamp
 from overland.model.ticket import ticket_of
 from overland.nva import rules, storage
@@ -70,9 +72,11 @@ from overland.nva.handovers import (
     state_since,
     turn_back,
 )
+from overland.nva.interfaces import named
 from overland.nva.leadership import Leader, Leadership
 from overland.nva.liveness import Liveness
 from overland.nva.mapping import VnView
+from overland.nva.plugging import Plugging
 from overland.nva.pushes import Pushes, Update, Whole
 from overland.ports import Conflict, PortFailure, StoreFailure
 from overland.store.etcd import EtcdStore
@@ -93,6 +97,7 @@ _STATE_AFTER = {
 }
 VM_ORDER_LIMIT_S = 60.0
 ASSOCIATE_LIMIT_S = 10.0
+FIT_LIMIT_S = 25.0
 REPAIR_LIMIT_S = 3.0
 RECOVER_LIMIT_S = 15.0
 NEGATIVE_100MS = 20
@@ -127,6 +132,7 @@ class Domain:
         self.handovers = Handovers(self.authority, self._tell, self._move_changed, self._serve)
         self._serving: dict[str, w.Serve] = {}
         self._served: set[str] = set()
+        self._plugging = Plugging(self.authority, self)
         self._pushes = Pushes(time.time_ns())
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Any]] = {}
@@ -242,6 +248,7 @@ class Domain:
         self._liveness.connected(host, answers=answers)
         self._later(self._keep_host(host))
         self.handovers.back(host)
+        self._plugging.back(host)
         for move in hello.moves:
             self._settle(host, move)
         self._compare(host, hello.vms, hello.moves)
@@ -425,10 +432,8 @@ class Domain:
                     self._ended_report(host, report)
             case w.VmAnswer(id=number) | w.ExporterAnswer(id=number) | w.ReachAnswer(id=number):
                 self._answered(number, message)
-            case w.VmReport(vm=name, state=state, reason=reason):
-                vm = self.authority.cluster.vms.get(name)
-                if vm is not None and vm.host == host:
-                    self._later(self._note_state(name, state, reason))
+            case w.VmReport() | w.Unplugged():
+                self._seen(host, message)
             case (
                 w.HostAnswer(id=number, answers=result)
                 | w.FilesAnswer(id=number, missing=result)
@@ -444,6 +449,16 @@ class Domain:
             case w.Hello():
                 pass
 
+    def _seen(self, host: str, message: w.VmReport | w.Unplugged) -> None:
+        """What an NVE saw of a VM, which is of account if it is on its host."""
+        vm = self.authority.cluster.vms.get(message.vm)
+        if vm is None or vm.host != host:
+            return
+        if isinstance(message, w.Unplugged):
+            self._later(self._let_go(vm.name, host, message.slot))
+        else:
+            self._later(self._note_state(vm.name, message.state, message.reason))
+
     async def _note_state(self, name: str, state: str, reason: str | None) -> None:
         """Record what an NVE saw of a VM, as soon as the store takes it: nobody says it again."""
         while True:
@@ -455,6 +470,13 @@ class Domain:
             except StoreFailure as failure:
                 log.error("VM %s is %s: %s", name, state, failure)
                 await asyncio.sleep(RETRY_S)
+
+    async def _let_go(self, name: str, host: str, slot: int) -> None:
+        try:
+            await self.authority.let_go(name, host, slot)
+        except StoreFailure as failure:
+            # The record keeps it: the VM has it again from its next start or move on.
+            log.error("VM %s has no interface in slot %d any more: %s", name, slot, failure)
 
     def _look_at(self, name: str) -> None:
         """Ask what there is of VM `name` on its host; a VmReport says it.
@@ -640,7 +662,7 @@ class Domain:
             await self.authority.delete_vm(vm.name)
             raise
         await self.authority.vm_state(vm.name, "running")
-        return self.authority.vm(vm.name)
+        return await self._in_use(vm.name)
 
     async def vm_action(self, name: str, action: str) -> Vm:
         vm = self.authority.vm(name)
@@ -662,7 +684,14 @@ class Domain:
         if action in ("start", "wake"):
             await self._forget_kept(name)  # it has begun anew, or run on
         await self.authority.vm_state(name, _STATE_AFTER[action])
-        return self.authority.vm(name)
+        return await self._in_use(name)
+
+    async def _in_use(self, name: str) -> Vm:
+        """The VM, once its NVE lets its interfaces be used, or does not in time; it is done."""
+        vm = self.authority.vm(name)
+        if self.is_connected(vm.host) and not await self.is_associated(vm):
+            log.warning("VM %s: its NVE does not say that its interfaces are in use", name)
+        return vm
 
     async def change_addresses(self, name: str, network: str, changes: dict[str, str | None]) -> Vm:
         """Other addresses for a VM's interface; returns when its own NVE has them."""
@@ -671,22 +700,60 @@ class Domain:
             await self._associated(vm)
         return vm
 
+    async def add_interface(self, name: str, wish: Interface) -> Vm:
+        """One more interface for a VM; returns when it has it, and its NVE lets it be used."""
+        vm = await self.authority.add_interface(name, wish)
+        mac = vm.interfaces[-1].mac
+        why = await self._plugging.carried_out(vm)
+        vm = self.authority.vm(name)
+        if not any(each.mac == mac and each.change is None for each in vm.interfaces):
+            raise Blocked([_refused("failed", f"vm {name}", why or f"it is {vm.state} now")])
+        return await self._in_use(name)
+
+    async def remove_interface(self, name: str, which: str) -> Vm:
+        """One interface less; returns when the VM does not have it any more."""
+        vm = await self.authority.remove_interface(name, which)
+        why = await self._plugging.carried_out(vm)
+        vm = self.authority.vm(name)
+        left = named(vm, which)
+        if left:
+            whole = "it is as it was; should the guest let go of it later, it is removed then"
+            hint = f"`overland vm show {name}`" if left[0].change else whole
+            raise Blocked([Refused(code="failed", what=f"vm {name}", why=why, hint=hint)])
+        return vm
+
+    def is_connected(self, host: str) -> bool:
+        """Whether NVE `host` can be told something now."""
+        return host in self._wire.hosts()
+
+    async def fit(self, vm: Vm) -> str | None:
+        """Have the VM's own NVE make its devices as `vm` says; why not, None without an answer."""
+        order = w.VmOrder(id=next(self._numbers), action="fit", vm=vm)
+        answer: w.VmAnswer | None = await self._asks(vm.host, order, FIT_LIMIT_S)
+        return (answer.failure or "") if answer is not None else None
+
+    async def is_associated(self, vm: Vm) -> bool:
+        """Whether the VM's own NVE comes to have its interfaces as they are recorded, in time."""
+        return await self._in_kernel(vm.host, {each.network for each in vm.interfaces}, vm.name)
+
     async def _associated(self, vm: Vm) -> None:
         """Return when the VM's own NVE has its interfaces in the kernel, and says so.
 
         A VM does not run before (requirements.md 3.3): Blocked when that does not come true.
         """
-        networks = {each.network for each in vm.interfaces}
-        if not await self._in_kernel(vm.host, networks, vm.name, vm.version):
+        if not await self.is_associated(vm):
             why = f"its interfaces were not associated within {ASSOCIATE_LIMIT_S:g} s"
             raise Blocked([_refused("failed", f"vm {vm.name}", why)])
 
-    async def _in_kernel(self, host: str, networks: set[str], owner: str, version: int) -> bool:
-        """Whether NVE `host` comes to have `owner` of `version` in its kernel in time."""
+    async def _in_kernel(self, host: str, networks: set[str], owner: str) -> bool:
+        """Whether NVE `host` comes to have what `owner` has there in its kernel, in time."""
+
+        def own(view: VnView | None) -> tuple[TsiIntent, ...]:
+            return view.own(host, owner) if view is not None else ()
 
         def there() -> bool:
-            views = [self._pushes.in_kernel(host, network) for network in networks]
-            return all(v is not None and v.versions.get(owner) == version for v in views)
+            has = self._pushes.in_kernel
+            return all(own(has(host, name)) == own(self._view(name)) for name in networks)
 
         try:
             async with asyncio.timeout(ASSOCIATE_LIMIT_S), self._acks:
@@ -698,8 +765,7 @@ class Domain:
     async def create_gateway(self, wish: GatewayWish) -> Gateway:
         """Record it, and return when its NVE has it; nothing stays when that does not come true."""
         gateway = await self.authority.create_gateway(wish.network, wish.host, wish.leg)
-        networks = {gateway.network}
-        if not await self._in_kernel(gateway.host, networks, gateway.owner, gateway.version):
+        if not await self._in_kernel(gateway.host, {gateway.network}, gateway.owner):
             await self.authority.delete_gateway(gateway.network, gateway.host)
             what, why = (
                 f"gateway of network {gateway.network}",

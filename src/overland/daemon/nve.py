@@ -45,7 +45,7 @@ from overland.mobility.messages import (
     PrepareOld,
     PreparePeer,
 )
-from overland.model.cluster import Host, Vm
+from overland.model.cluster import Host, Vm, numbered, ports_of
 from overland.model.names import port_name
 from overland.model.nve import NveIntent, VnIntent, changed
 from overland.model.ticket import Seal, Ticket
@@ -55,7 +55,7 @@ from overland.nve.cold import ColdMoves, ColdSteps, may_be_last
 from overland.nve.handovers import Handovers
 from overland.nve.journal import PartJournal
 from overland.nve.revisions import Revisions
-from overland.ports import PortFailure
+from overland.ports import PortFailure, Unplugged
 from overland.wire import messages as w
 from overland.wire import tls
 from overland.wire.client import WireClient
@@ -344,10 +344,13 @@ class Nve:
         return changed(self._vns[push.network], push.change)
 
     async def _adopt_all(self, intent: VnIntent | None) -> None:
-        """After a restart: take back a descriptor of each tap that a living VM has."""
+        """After a restart: take back a descriptor of each tap that a living VM has.
+
+        Not of one that is associated only: it has it not yet, or nobody needs it before it has.
+        """
         living = await self._hypervisor.names()
         for tsi in intent.tsis if intent is not None else ():
-            if tsi.owner in living and tsi.kind == "tap":
+            if tsi.owner in living and tsi.kind == "tap" and tsi.state == "activated":
                 self._adopt(tsi.owner, port_name(tsi.owner, tsi.index))
 
     def _adopt(self, vm: str, port: str) -> None:
@@ -375,10 +378,13 @@ class Nve:
             case "gauge":
                 return w.VmAnswer(id=order.id, gauge=await self._hypervisor.gauge(name))
             case "look":
-                await self._look_at(name)
+                await self._look_at(order.vm)
                 return w.VmAnswer(id=order.id)
             case "forget":
                 await self._hypervisor.drop_checkpoint(name)
+                return w.VmAnswer(id=order.id)
+            case "fit":
+                await self._hypervisor.fit(order.vm, await self._ports_of(order.vm))
                 return w.VmAnswer(id=order.id)
             case "recover":
                 ports = await self._ports_of(order.vm)
@@ -389,19 +395,22 @@ class Nve:
                 await self._vm_do(action, order.vm)
                 return w.VmAnswer(id=order.id)
 
-    async def _look_at(self, name: str) -> None:
+    async def _look_at(self, vm: Vm) -> None:
         """What there is of a VM, from its process or, without one, from its files."""
-        state = await self._hypervisor.state(name)
+        name, state = vm.name, await self._hypervisor.state(vm.name)
         if state is None:
             self._saw(name, "suspended" if await self._hypervisor.saved_bytes(name) else None)
         elif state in ("running", "paused"):
             self._saw(name, state)
+            there = await self._hypervisor.plugged(name)
+            for slot in {slot for slot, each in numbered(vm) if not each.change} - there:
+                self._link.send(w.Unplugged(vm=name, slot=slot))
         if state is None and name not in self._states:
             self._link.send(w.VmReport(vm=name, state="crashed", reason="it is not there"))
 
     async def _ports_of(self, vm: Vm) -> list[str]:
         """The VM's ports, once the kernel has them."""
-        ports = [port_name(vm.name, index) for index in range(len(vm.interfaces))]
+        ports = ports_of(vm)
         for port in ports:
             await self._agent.ready(port)
         return ports
@@ -411,7 +420,7 @@ class Nve:
         if old and await self._hypervisor.state(vm.name) is None:
             log.warning("the old state of VM %s stays until the VM is up elsewhere", vm.name)
             return
-        ports = [port_name(vm.name, index) for index in range(len(vm.interfaces))]
+        ports = ports_of(vm)
         does: dict[str, Callable[[], Awaitable[Any]]] = {
             "start": lambda: self._hypervisor.start(vm, ports),
             "pause": lambda: self._hypervisor.pause(vm.name),
@@ -438,6 +447,9 @@ class Nve:
     async def _watch(self) -> None:
         """Tell what the hypervisor itself says of its VMs."""
         async for name, state in self._hypervisor.events():
+            if isinstance(state, Unplugged):
+                self._link.send(w.Unplugged(vm=name, slot=state.slot))
+                continue
             self._states[name] = state
             if state == "crashed":
                 self._handovers.vm_died(name, "QEMU ended")

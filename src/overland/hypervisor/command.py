@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from overland.hypervisor.mirror import tls_id
-from overland.model.cluster import Disk, Vm
+from overland.model.cluster import PLUGGABLE, Disk, Interface, Vm, numbered
 
 RX_QUEUE_FRAMES = 1024
 """The longest receive queue of virtio-net: what the guest cannot take yet waits there."""
 
-FIRST_DISK = 0x8
-"""PCI slot of the first disk; the first network interface has 0x10."""
+FIRST_DISK, FIRST_INTERFACE = 0x8, 0x10
+"""PCI slots of the first disk and of the interface with slot 0."""
 
 
 def qemu_command(
@@ -53,12 +53,12 @@ def qemu_command(
         *("-chardev", f"socket,id=console,path={run_dir}/console.sock,server=on,wait=off"),
         *("-serial", "chardev:console"),
     ]
-    for index, (interface, fd) in enumerate(zip(vm.interfaces, taps, strict=True)):
-        device = (
-            f"virtio-net-pci,netdev=net{index},id=nic{index},mac={interface.mac},romfile=,"
-            f"rx_queue_size={RX_QUEUE_FRAMES},addr={0x10 + index:#x}"
-        )
-        command += ["-netdev", f"tap,id=net{index},fd={fd}", "-device", device]
+    for (slot, interface), fd in zip(numbered(vm), taps, strict=True):
+        command += ["-netdev", json.dumps(backend(slot, str(fd)))]
+        device = interface_device(slot, interface)
+        if incoming and not vm.machine.startswith(PLUGGABLE):
+            device["guest_announce"] = True  # it may have begun with that, and wants what it had
+        command += ["-device", json.dumps(device)]
     if firmware is not None:
         command += ["-bios", str(firmware)]
     command += _boot(vm)
@@ -70,6 +70,40 @@ def qemu_command(
     if incoming:
         command += ["-S", "-incoming", "defer"]
     return command
+
+
+def device_id(slot: int) -> str:
+    """QEMU's name of the device of the interface in `slot`."""
+    return f"nic{slot}"
+
+
+def backend_id(slot: int) -> str:
+    """QEMU's name of what is behind that device."""
+    return f"net{slot}"
+
+
+def backend(slot: int, descriptor: str) -> dict[str, str]:
+    """What is behind an interface's device; `descriptor` is a number, or a name given before."""
+    return {"type": "tap", "id": backend_id(slot), "fd": descriptor}
+
+
+def interface_device(slot: int, interface: Interface) -> dict[str, Any]:
+    """An interface's device: the same for a machine that starts as for one that takes it later.
+
+    Guests are not asked to announce themselves after a move: the NVE does that. And after a move
+    without announcements (HO-13) QEMU 7.2 dies when a guest that could be asked resets its device,
+    as it does when it lets go of it.
+    """
+    return {
+        "driver": "virtio-net-pci",
+        "id": device_id(slot),
+        "netdev": backend_id(slot),
+        "mac": interface.mac,
+        "romfile": "",
+        "rx_queue_size": RX_QUEUE_FRAMES,
+        "guest_announce": False,
+        "addr": f"{FIRST_INTERFACE + slot:#x}",
+    }
 
 
 def _boot(vm: Vm) -> list[str]:

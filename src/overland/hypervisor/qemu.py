@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import msgspec
 from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
 
-from overland.hypervisor import away, home, mirror
+from overland.hypervisor import away, home, mirror, plugging
 from overland.hypervisor.accel import NOTICE, accelerator
 from overland.hypervisor.channel import Channel
 from overland.hypervisor.checkpoint import Giver, Keeper
@@ -34,10 +34,10 @@ from overland.hypervisor.countdown import COUNTDOWN_BYTES, long_firmware
 from overland.hypervisor.images import Images
 from overland.hypervisor.process import alive, ours, until_gone
 from overland.hypervisor.statefile import Taker, give
-from overland.model.cluster import Disk, Vm, moved_disks
+from overland.model.cluster import PLUGGABLE, Disk, Vm, moved_disks, numbered
 from overland.model.forecast import Gauge
 from overland.model.handover import Checkpoint, Storage, Transfer
-from overland.ports import HypervisorFacts, HypervisorFailure, RunState
+from overland.ports import HypervisorFacts, HypervisorFailure, RunState, Unplugged
 
 OLDEST = (7, 2)
 CONNECT_LIMIT_S = 10.0
@@ -45,6 +45,9 @@ STOP_LIMIT_S = 5.0
 CANCEL_LIMIT_S = 0.5
 CHECKPOINT_LIMIT_S = 3600.0
 SAVE_LIMIT_S = 600.0
+UNPLUG_LIMIT_S = 10.0
+"""How long a guest may take to let go of an interface."""
+
 GAUGE_S = 1
 GAUGE_LIMIT_S = 2.5
 _DONE = ("completed", "failed")
@@ -56,7 +59,10 @@ _SAVING = ".saving-"
 UNLIMITED_BYTES_PER_S = 1 << 40
 UNLIMITED_DOWNTIME_MS = 2_000_000
 PRECOPY_DOWNTIME_MS = 1
-_EVENTS = ("STOP", "RESUME", "MIGRATION", "MIGRATION_PASS", "SHUTDOWN", "GUEST_PANICKED")
+_EVENTS = (
+    *("STOP", "RESUME", "MIGRATION", "MIGRATION_PASS", "SHUTDOWN", "GUEST_PANICKED"),
+    plugging.DELETED,
+)
 _STATES: dict[str, RunState] = {
     "running": "running",
     "paused": "paused",
@@ -94,6 +100,7 @@ class _Machine:
         self.migration = ""
         self.passes = 0
         self.cancels = 0
+        self.unplugged: set[int] = set()
         self.ran = False  # when its saving began
         self.wakes = False  # from a state in a file, which is the VM until that is done
         self.mirror = mirror.Progress()
@@ -130,7 +137,7 @@ class QemuHypervisor:
         self._taker = Taker()
         self._keeper = Keeper(run_dir / "checkpoints")
         self._machines: dict[str, _Machine] = {}
-        self._events: asyncio.Queue[tuple[str, RunState]] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[str, RunState | Unplugged]] = asyncio.Queue()
 
     # ------------------------------------------------------------ the host
 
@@ -168,10 +175,14 @@ class QemuHypervisor:
         return match[0][8:]
 
     async def _machine_types(self) -> tuple[str, ...]:
+        """The newest first, and first those that interfaces can be plugged into.
+
+        The others are for VMs that were made on one of them.
+        """
         out = await self._ask("-M", "help")
-        found = re.findall(r"^(pc-q35-[\d.]+)", out, re.MULTILINE)
-        order = sorted(found, key=lambda name: [int(n) for n in name[7:].split(".")])
-        return tuple(reversed(order))
+        found = re.findall(r"^(pc-(?:i440fx|q35)-)(\d[\d.]*)\s", out, re.MULTILINE)
+        order = sorted(found, key=lambda it: (it[0] == PLUGGABLE, _numbers(it[1])), reverse=True)
+        return tuple(kind + version for kind, version in order)
 
     async def names(self) -> list[str]:
         return sorted(self._machines)
@@ -215,7 +226,7 @@ class QemuHypervisor:
         """After a restart: take a descriptor of tap `port` from the VM's process."""
         self._taps.adopt(port, self._machine(vm).pid)
 
-    async def events(self) -> AsyncIterator[tuple[str, RunState]]:
+    async def events(self) -> AsyncIterator[tuple[str, RunState | Unplugged]]:
         while True:
             yield await self._events.get()
 
@@ -372,6 +383,11 @@ class QemuHypervisor:
                     machine.passes = event["data"]["pass"]
                 case "GUEST_PANICKED":
                     self._events.put_nowait((machine.name, "crashed"))
+                case plugging.DELETED:
+                    slot = plugging.deleted_slot(event["data"])
+                    if slot is not None:
+                        machine.unplugged.add(slot)
+                        self._events.put_nowait((machine.name, Unplugged(slot=slot)))
                 case _:
                     pass
             machine.changed.notify_all()
@@ -612,6 +628,30 @@ class QemuHypervisor:
             return await asyncio.to_thread(_sha256, path)
         finally:
             path.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------ interfaces
+
+    async def fit(self, vm: Vm, ports: Sequence[str]) -> None:
+        machine = self._machine(vm.name)
+        there = await self.plugged(vm.name)
+        for (slot, interface), port in zip(numbered(vm), ports, strict=True):
+            if interface.change == "removing" and slot in there:
+                await self._unplug(machine, slot)
+            elif interface.change != "removing" and slot not in there:
+                name = f"tap{slot}"
+                socket.send_fds(machine.monitor, [b" "], [self._taps.fd_for_child(port)])
+                await self._do(machine, "getfd", fdname=name)
+                await plugging.plug(self._qmp(machine), slot, interface, name)
+
+    async def plugged(self, vm: str) -> frozenset[int]:
+        return await plugging.slots(self._qmp(self._machine(vm)))
+
+    async def _unplug(self, machine: _Machine, slot: int) -> None:
+        machine.unplugged.discard(slot)
+        await plugging.ask_out(self._qmp(machine), slot)
+        word = "word from the guest that it has let go of the interface"
+        await self._wait(machine, word, lambda: slot in machine.unplugged, UNPLUG_LIMIT_S)
+        await plugging.drop_backend(self._qmp(machine), slot)
 
     # ------------------------------------------------------------ moving
 
@@ -888,6 +928,10 @@ class QemuHypervisor:
                 machine.task.cancel()
             with contextlib.suppress(QMPError, OSError):
                 await machine.client.disconnect()
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".")]
 
 
 def _moving(vm: Vm) -> list[str]:

@@ -10,6 +10,8 @@ from typing import Literal
 
 import msgspec
 
+from overland.model.names import port_name
+
 Family = Literal["ipv4", "ipv6"]
 VmState = Literal[
     "preparing",
@@ -80,12 +82,19 @@ class Host(Record, frozen=True, kw_only=True):
 
 
 class Interface(Record, frozen=True, kw_only=True):
-    """One tenant system interface (TSI) as its owner sees it."""
+    """One tenant system interface (TSI) as its owner sees it.
+
+    `slot` is its number in its VM for life: from it come its place on the VM's bus and the name of
+    its port. None of what is no VM's, and in records from before slots (`numbered`). `change`: it
+    is on its way into a VM that is up, or out of it; nothing else happens to that VM meanwhile.
+    """
 
     network: str
     mac: str
     ipv4: str | None = None
     ipv6: str | None = None
+    slot: int | None = None
+    change: Literal["adding", "removing"] | None = None
 
 
 class Boot(Record, frozen=True, kw_only=True):
@@ -164,6 +173,28 @@ class Vm(Record, frozen=True, kw_only=True):
     version: int = 1
     move: str | None = None
     reason: str | None = None
+
+
+def numbered(vm: Vm) -> tuple[tuple[int, Interface], ...]:
+    """The interfaces of `vm`, each with its slot; without one its place in the order counts."""
+    return tuple(
+        (place if each.slot is None else each.slot, each)
+        for place, each in enumerate(vm.interfaces)
+    )
+
+
+def ports_of(vm: Vm) -> list[str]:
+    """The kernel names of the ports of `vm`, in the order of its interfaces."""
+    return [port_name(vm.name, slot) for slot, _ in numbered(vm)]
+
+
+SLOTS = 16
+"""So many interfaces a VM can have at a time: places on its bus (hypervisor/command.py)."""
+
+PLUGGABLE = "pc-i440fx-"
+"""How the names of machines begin whose bus takes devices while they run: their guest is told by
+ACPI. On the other kind that we know, q35, every place would have to be made beforehand (ADR 0029).
+"""
 
 
 def moved_disks(vm: Vm | None) -> tuple[Disk, ...]:

@@ -28,6 +28,7 @@ from overland.model.cluster import (
     VmState,
     WaysOut,
     moved_disks,
+    numbered,
 )
 from overland.model.eligibility import (
     Declaration,
@@ -40,7 +41,7 @@ from overland.model.eligibility import (
 from overland.model.forecast import Forecast
 from overland.model.handover import ENDED, Handover, MovingPort, Options, PhaseAt, is_up
 from overland.model.names import ila_name, port_name, vxlan_name
-from overland.nva import eligibility, rules, storage, ways_out
+from overland.nva import eligibility, interfaces, rules, storage, ways_out
 from overland.nva.cluster import Cluster
 from overland.nva.gateways import (
     assignment_blockers,
@@ -92,6 +93,10 @@ def _committed(record: Handover, vm: Vm) -> Vm:
     if record.phase in ENDED:  # at rest: with the commit all is done
         vm = msgspec.structs.replace(vm, move=None, state=_state_after(record, vm))
     return vm
+
+
+def _networks(vm: Vm) -> frozenset[str]:
+    return frozenset(each.network for each in vm.interfaces)
 
 
 def _revoked(known: Eligibility, origin: str, now_ns: int) -> Eligibility:
@@ -342,7 +347,7 @@ class Authority:
             vm = self.completed(wish)
             await self._write({f"vm/{vm.name}": vm})
             self.cluster.vms[vm.name] = vm
-        self._news(frozenset(each.network for each in vm.interfaces))
+        self._news(_networks(vm))
         return vm
 
     def completed(self, wish: Vm) -> Vm:
@@ -354,7 +359,8 @@ class Authority:
     def _chosen(self, wish: Vm) -> Vm:
         chosen: list[Interface] = []
         for index, interface in enumerate(wish.interfaces):
-            chosen.append(rules.completed(self.cluster, wish.name, index, interface))
+            face = rules.completed(self.cluster, wish.name, index, interface)
+            chosen.append(msgspec.structs.replace(face, slot=index))
         host = self.cluster.hosts.get(wish.host)
         machine = wish.machine or (host.machine_types[0] if host and host.machine_types else "")
         cpu = wish.cpu or (host.cpu_models[0] if host and host.cpu_models else "")
@@ -375,7 +381,7 @@ class Authority:
             del self.cluster.vms[name]
             if known is not None:
                 self.cluster.eligibilities[name] = known
-        self._news(frozenset(each.network for each in vm.interfaces))
+        self._news(_networks(vm))
 
     async def change_addresses(self, name: str, network: str, changes: dict[str, str | None]) -> Vm:
         """Give the VM's interface in `network` other addresses; the version is raised (H-04).
@@ -389,11 +395,58 @@ class Authority:
             wish = rules.written(msgspec.structs.replace(before, **changes))
             point = self.recovery_point(name)
             _stop_if(rules.address_blockers(self.cluster, name, wish, point))
-            interfaces = tuple(wish if each == before else each for each in vm.interfaces)
-            vm = msgspec.structs.replace(vm, interfaces=interfaces, version=vm.version + 1)
+            after = tuple(wish if each == before else each for each in vm.interfaces)
+            vm = msgspec.structs.replace(vm, interfaces=after, version=vm.version + 1)
             await self._write({f"vm/{name}": vm})
             self.cluster.vms[name] = vm
-        self._news(frozenset({network}))
+        self._news(_networks(vm))  # of all of them, for its version governs all its addresses
+        return vm
+
+    async def add_interface(self, name: str, wish: Interface) -> Vm:
+        """Give VM `name` one more interface; Blocked with every reason.
+
+        Of a VM that is up it is `adding` until `end_change`.
+        """
+        async with self._lock:
+            vm = self._vm(name)
+            wish = interfaces.completed(self.cluster, vm, wish)
+            point = self.recovery_point(name)
+            _stop_if(interfaces.add_blockers(self.cluster, vm, wish, point))
+            return await self._with_interfaces(vm, interfaces.added(vm, wish))
+
+    async def remove_interface(self, name: str, which: str) -> Vm:
+        """Take its interface in network, or with MAC, `which` from VM `name`; Blocked if refused.
+
+        Of a VM that is up it is `removing` until `end_change`.
+        """
+        async with self._lock:
+            vm = self._vm(name)
+            point = self.recovery_point(name)
+            _stop_if(interfaces.remove_blockers(self.cluster, vm, which, point))
+            return await self._with_interfaces(vm, interfaces.removed(vm, which))
+
+    async def end_change(self, vm: Vm, *, done: bool) -> None:
+        """The interface that `vm` was about to get or to lose is as meant, or as if never meant.
+
+        Content with `vm` being of the past.
+        """
+        async with self._lock:
+            now = self.cluster.vms.get(vm.name)
+            if now is not None and now.version == vm.version:
+                await self._with_interfaces(now, interfaces.ended(now, done=done))
+
+    async def let_go(self, name: str, host: str, slot: int) -> None:
+        """The guest of VM `name` on `host` has let go of an interface by itself, or late."""
+        async with self._lock:
+            vm = self.cluster.vms.get(name)
+            left = interfaces.without(vm, slot) if vm is not None and vm.host == host else None
+            if vm is not None and left is not None:
+                await self._with_interfaces(vm, left)
+
+    async def _with_interfaces(self, before: Vm, vm: Vm) -> Vm:
+        await self._write({f"vm/{vm.name}": vm})
+        self.cluster.vms[vm.name] = vm
+        self._news(_networks(before) | _networks(vm))
         return vm
 
     async def vm_state(self, name: str, state: str, reason: str | None = None) -> None:
@@ -405,9 +458,10 @@ class Authority:
             changed = msgspec.convert(
                 {**msgspec.to_builtins(vm), "state": state, "reason": reason}, Vm
             )
+            changed = interfaces.at_rest(changed, state)
             await self._write({f"vm/{name}": changed})
             self.cluster.vms[name] = changed
-        self._news(frozenset(each.network for each in vm.interfaces))
+        self._news(_networks(vm))
 
     def _vm(self, name: str) -> Vm:
         vm = self.cluster.vms.get(name)
@@ -423,6 +477,14 @@ class Authority:
                 ]
             )
         return vm
+
+    def find_vm(self, name: str) -> Vm | None:
+        """The record of VM `name`, if there is one."""
+        return self.cluster.vms.get(name)
+
+    def vms_on(self, host: str) -> list[Vm]:
+        """The VMs whose records say that they are on `host`."""
+        return [vm for vm in self.cluster.vms.values() if vm.host == host]
 
     def vm(self, name: str) -> Vm:
         """The record of VM `name`; Blocked when there is none."""
@@ -614,7 +676,7 @@ class Authority:
             )
             await self._write({f"vm/{name}": vm})
             self.cluster.vms[name] = vm
-        self._news(frozenset(each.network for each in vm.interfaces))
+        self._news(_networks(vm))
         return vm
 
     async def begin_move(
@@ -688,8 +750,8 @@ class Authority:
 
     def _planned(self, move_id: str, vm: Vm, to: str, options: Options) -> Handover:
         ports = tuple(
-            self._moving_port(vm, index, interface, to)
-            for index, interface in enumerate(vm.interfaces)
+            self._moving_port(vm, slot, interface, to, self._tunnel_number(place))
+            for place, (slot, interface) in enumerate(numbered(vm))
         )
         places = set().union(*(self.cluster.places(port.network) for port in ports))
         return Handover(
@@ -710,7 +772,9 @@ class Authority:
             phases=(PhaseAt(phase="planned", at_ns=time.time_ns()),),
         )
 
-    def _moving_port(self, vm: Vm, index: int, interface: Interface, to: str) -> MovingPort:
+    def _moving_port(
+        self, vm: Vm, slot: int, interface: Interface, to: str, tunnel: int
+    ) -> MovingPort:
         network = self.cluster.networks[interface.network]
         old = underlay_address(self.cluster.hosts[vm.host], network)
         new = underlay_address(self.cluster.hosts[to], network)
@@ -720,7 +784,7 @@ class Authority:
             network=network.name,
             vni=network.vni,
             device=(ila_name if network.kind == "ila" else vxlan_name)(network.vni),
-            port=port_name(vm.name, index),
+            port=port_name(vm.name, slot),
             mac=interface.mac,
             ipv4=interface.ipv4,
             ipv6=interface.ipv6,
@@ -728,7 +792,7 @@ class Authority:
             mtu=network.mtu,
             old=old,
             new=new,
-            tunnel=self._tunnel_number(index),
+            tunnel=tunnel,
             routed=network.kind != "l2",
             ila=network.kind == "ila",
         )

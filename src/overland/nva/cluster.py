@@ -18,12 +18,34 @@ from overland.model.cluster import (
     Vm,
     VmState,
     WaysOut,
+    numbered,
 )
 from overland.model.eligibility import Eligibility
 from overland.model.handover import Handover, Marking, marking
 
 AT_REST: tuple[VmState, ...] = ("shutdown", "suspended", "crashed")
-"""States in which a VM's interfaces are associated only: nothing from them, nothing to them."""
+"""States of a VM that does not run and is not about to."""
+
+TsiState = Literal["init", "associated", "activated"]
+
+_CLOSED: dict[VmState, TsiState] = {
+    "shutdown": "init",
+    "preparing": "associated",
+    "suspended": "associated",
+    "crashed": "associated",
+}
+"""What the interfaces of a VM in such a state are; in all others they are activated."""
+
+
+def tsi_state(vm: Vm, interface: Interface) -> TsiState:
+    """What `interface` of `vm` is on the VM's host (RFC 8394, requirements 3.3).
+
+    Init: a record and no more. Associated: its port is there, but nothing passes, and no peer is
+    told where it is. Activated: in use.
+    """
+    state = _CLOSED.get(vm.state, "activated")
+    is_coming = interface.change == "adding" and state == "activated"
+    return "associated" if is_coming else state
 
 
 class Tsi(Record, frozen=True, kw_only=True):
@@ -36,7 +58,7 @@ class Tsi(Record, frozen=True, kw_only=True):
     interface: Interface
     version: int
     namespace: str | None = None
-    active: bool = True
+    state: TsiState = "activated"
     marking: Marking = "none"
     leg: Leg | None = None
 
@@ -64,7 +86,7 @@ class Cluster:
         """Every interface, where its owner's record says it is."""
         for vm in self.vms.values():
             move = self.moves.get(vm.move or "")
-            for index, interface in enumerate(vm.interfaces):
+            for index, interface in numbered(vm):
                 yield Tsi(
                     owner=vm.name,
                     index=index,
@@ -72,7 +94,7 @@ class Cluster:
                     host=vm.host,
                     interface=interface,
                     version=vm.version,
-                    active=vm.state not in AT_REST,
+                    state=tsi_state(vm, interface),
                     marking=marking(move) if move is not None else "none",
                 )
         for endpoint in self.endpoints.values():
@@ -118,7 +140,8 @@ class Cluster:
         What is a peer in a move stays one until its end, whatever is no longer allowed meanwhile.
         """
         near = self.near((network,))
-        hosts = {tsi.host for tsi in self.tsis() if tsi.interface.network in near}
+        there = (tsi for tsi in self.tsis() if tsi.state != "init")
+        hosts = {tsi.host for tsi in there if tsi.interface.network in near}
         for move in self.moves.values():
             ports = {port.network for port in move.ports}
             if ports & near:

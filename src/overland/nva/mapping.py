@@ -62,14 +62,14 @@ class VnView:
         self._here: dict[str, list[TsiIntent]] = defaultdict(list)
         ways = places(cluster, network.name)
         for tsi in tsis:
-            here = _local(tsi, "activated" if tsi.active else "associated", ways)
-            self._here[tsi.host].append(here)
+            if tsi.state != "init":
+                self._here[tsi.host].append(_local(tsi, tsi.state, ways))
         for host, tsi in _coming(cluster, network, tsis):
             self._here[host].append(_local(tsi, "associated", ways))
         self._remotes = {
             tsi.interface.mac: (tsi.host, _remote(tsi, self._members[tsi.host]))
             for tsi in sorted(tsis, key=lambda tsi: tsi.interface.mac)
-            if tsi.active and tsi.host in self._members
+            if tsi.state == "activated" and tsi.host in self._members
         }
 
     def includes(self, host: str) -> bool:
@@ -94,6 +94,10 @@ class VnView:
             tsis=self._tsis(host),
             remotes=tuple(remote for at, remote in self._remotes.values() if at != host),
         )
+
+    def own(self, host: str, owner: str) -> tuple[TsiIntent, ...]:
+        """The interfaces that `owner` has at NVE `host`."""
+        return tuple(tsi for tsi in self._tsis(host) if tsi.owner == owner)
 
     def change(self, host: str, since: VnView) -> VnChange | None:
         """What NVE `host` has to change when it has `since`; None when only the whole will do."""

@@ -10,6 +10,7 @@ import msgspec
 
 from overland.mobility.coordinator import keeper
 from overland.model.cluster import (
+    SLOTS,
     Endpoint,
     Host,
     Interface,
@@ -271,12 +272,20 @@ def vm_blockers(cluster: Cluster, wish: Vm) -> Iterator[Refused]:
     except ValueError as error:
         yield _no("malformed", f"vm {wish.name}", str(error))
     yield from host_blockers(cluster, wish.host)
+    yield from too_many(wish.name, len(wish.interfaces))
     yield from interface_blockers(cluster, wish.name, wish.interfaces)
     if wish.memory_mib < 16:
         yield _no("malformed", f"vm {wish.name}", f"{wish.memory_mib} MiB of memory is too little")
     if wish.host in cluster.hosts:
         yield from _fits(cluster, cluster.hosts[wish.host], wish)
-        yield from _reach(cluster, cluster.hosts[wish.host], wish.interfaces)
+        yield from reach(cluster, cluster.hosts[wish.host], wish.interfaces)
+
+
+def too_many(name: str, count: int) -> Iterator[Refused]:
+    """Why VM `name` cannot have `count` interfaces."""
+    if count > SLOTS:
+        why = f"it would have {count} interfaces, and has room for {SLOTS}"
+        yield _no("no_slot", f"vm {name}", why, "remove another first")
 
 
 def address_blockers(
@@ -290,10 +299,10 @@ def address_blockers(
     if vm is None:
         yield _unknown("vm", name)
         return
-    yield from _already_moving(vm)
+    yield from already_moving(vm)
+    yield from changing(vm)
     if point is not None:
-        why = f"it is not known to run, and {keeper(point)} keeps a state of it"
-        yield _no("to_be_recovered", f"vm {name}", why, f"`overland vm recover {name}` or `start`")
+        yield to_be_recovered(vm, keeper(point))
     if not any(each.network == wish.network for each in vm.interfaces):
         why = f"it has no interface in network {wish.network}"
         yield _no("unknown_interface", f"vm {name}", why, f"`overland vm show {name}`")
@@ -307,7 +316,7 @@ def endpoint_blockers(cluster: Cluster, wish: Endpoint) -> Iterator[Refused]:
     yield from host_blockers(cluster, wish.host)
     yield from interface_blockers(cluster, wish.name, (wish.interface,))
     if wish.host in cluster.hosts:
-        yield from _reach(cluster, cluster.hosts[wish.host], (wish.interface,))
+        yield from reach(cluster, cluster.hosts[wish.host], (wish.interface,))
 
 
 def free_memory_mib(cluster: Cluster, host: Host) -> int:
@@ -343,7 +352,7 @@ def no_underlay(host: Host, network: Network) -> Refused:
     return _no("no_underlay", what, f"host {host.name} has no {network.underlay} underlay address")
 
 
-def _reach(cluster: Cluster, host: Host, interfaces: tuple[Interface, ...]) -> Iterator[Refused]:
+def reach(cluster: Cluster, host: Host, interfaces: tuple[Interface, ...]) -> Iterator[Refused]:
     """What keeps a VN of these interfaces, or one it may talk with (N-15), from being on `host`."""
     for network in _near(cluster, interfaces):
         if underlay_address(host, network) is None:
@@ -363,8 +372,8 @@ def move_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
     if vm is None:
         return
     what = f"vm {name}"
-    yield from _away(cluster, vm.host)
-    yield from _already_moving(vm)
+    yield from away(cluster, vm.host)
+    yield from already_moving(vm)
     if vm.state != "running" and vm.move is None:
         why = f"it is {vm.state}; a hot move needs a running VM"
         yield _no("not_running", what, why, f"`overland vm start {name}`")
@@ -378,15 +387,34 @@ def move_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
         yield from _compatible(old, host, vm)
 
 
-def _away(cluster: Cluster, host: str) -> Iterator[Refused]:
+def away(cluster: Cluster, host: str) -> Iterator[Refused]:
+    """Why nothing can be done to what is on `host`, if its NVE does not answer."""
     blockers = host_blockers(cluster, host)
     yield from (refusal for refusal in blockers if refusal.code == "host_not_ready")
 
 
-def _already_moving(vm: Vm) -> Iterator[Refused]:
+def already_moving(vm: Vm) -> Iterator[Refused]:
+    """Why nothing else can be done with a VM that moves."""
     if vm.move is not None:
         hint = f"wait for it, or `overland migration abort {vm.move}`"
         yield _no("move_in_progress", f"vm {vm.name}", f"migration {vm.move} moves it", hint)
+
+
+def changing(vm: Vm) -> Iterator[Refused]:
+    """Why nothing else can be done with a VM whose interfaces are being changed."""
+    for each in vm.interfaces:
+        if each.change is not None:
+            how = "plugged in" if each.change == "adding" else "unplugged"
+            why = f"its interface in network {each.network} is being {how}"
+            hint = f"wait a moment; while host {vm.host} is away, start its NVE daemon"
+            yield _no("interface_change_in_progress", f"vm {vm.name}", why, hint)
+
+
+def to_be_recovered(vm: Vm, kept: str | None) -> Refused:
+    """Nothing may change by which the state of `vm` that host `kept` keeps is known to be its."""
+    why = f"it is not known to run, and {kept} keeps a state of it"
+    hint = f"`overland vm recover {vm.name}` or `start`"
+    return _no("to_be_recovered", f"vm {vm.name}", why, hint)
 
 
 MIN_INTERVAL_S = 0.1
@@ -443,7 +471,7 @@ def recover_blockers(
     new = cluster.hosts.get(kept)
     if new is not None and vm.host != kept:
         yield from _fits(cluster, new, vm)
-        yield from _reach(cluster, new, vm.interfaces)
+        yield from reach(cluster, new, vm.interfaces)
 
 
 def forecast_blockers(name: str, forecast: Forecast, options: Options) -> Iterator[Refused]:
@@ -474,7 +502,7 @@ def cold_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
     vm = cluster.vms.get(name)
     if vm is None:
         return
-    yield from _already_moving(vm)
+    yield from already_moving(vm)
     if not is_up(vm) and vm.state not in AT_REST and vm.move is None:
         why = f"it is {vm.state}; a cold move needs a VM that is up or at rest"
         yield _no("wrong_state", f"vm {name}", why, "wait a moment")
@@ -482,7 +510,7 @@ def cold_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused]:
         yield from _deaf_peers(cluster, vm, to)
     carries = is_up(vm) or vm.state == "suspended"
     if carries:
-        yield from _away(cluster, vm.host)
+        yield from away(cluster, vm.host)
     host, old = cluster.hosts.get(to), cluster.hosts.get(vm.host)
     if host is not None and vm.host != to:
         # A saved state runs on only where it could have run before.
@@ -497,6 +525,7 @@ def _any_move_blockers(cluster: Cluster, name: str, to: str) -> Iterator[Refused
         yield from host_blockers(cluster, to) if host is None else ()
         return
     yield from host_blockers(cluster, to)
+    yield from changing(vm)
     if vm.host == to:
         yield _no("same_host", f"vm {name}", f"it is on host {to} already", "choose another host")
     elif host is not None:
@@ -545,6 +574,6 @@ _FROM: dict[str, tuple[VmState, ...]] = {
 def action_refused(vm: Vm, action: str) -> Refused | None:
     """Why `action` is not for a VM in this state; None when it is."""
     if vm.state in _FROM[action]:
-        return None
+        return next(changing(vm), None) if action == "suspend" else None
     why = f"it is {vm.state}; {action} needs {' or '.join(_FROM[action])}"
     return _no("wrong_state", f"vm {vm.name}", why)

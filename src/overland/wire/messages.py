@@ -55,6 +55,13 @@ class VmReport(Message, frozen=True, kw_only=True, tag=True):
     reason: str | None = None
 
 
+class Unplugged(Message, frozen=True, kw_only=True, tag=True):
+    """A VM here has no device any more for its interface in `slot`: its guest has let go of it."""
+
+    vm: str
+    slot: int
+
+
 class MoveReport(Message, frozen=True, kw_only=True, tag=True):
     """A handover report (spec/handover.md)."""
 
@@ -180,7 +187,8 @@ class VmOrder(Message, frozen=True, kw_only=True, tag=True):
 
     `suspend` saves its state on the host and ends it, `wake` runs it on from there. `gauge`
     measures how fast it writes memory, `recover` runs the newest checkpoint that was taken
-    here, `forget` drops it. `look` has its state reported, and changes nothing.
+    here, `forget` drops it. `look` has its state reported, and changes nothing. `fit` plugs the
+    interfaces of a VM that is up into it or out of it, as `vm` has them.
     """
 
     id: int
@@ -195,6 +203,7 @@ class VmOrder(Message, frozen=True, kw_only=True, tag=True):
         "recover",
         "forget",
         "look",
+        "fit",
     ]
     vm: Vm
 
@@ -265,6 +274,7 @@ FromNve = (
     Hello
     | Ack
     | VmReport
+    | Unplugged
     | MoveReport
     | VmAnswer
     | HostAnswer
