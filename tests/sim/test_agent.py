@@ -12,7 +12,7 @@ from overland.nve.moving import Moving, settle
 from overland.nve.render import render
 from overland.sim import agent, run
 from overland.sim.domain import BRIDGE, DEVICE, MAC, PORT
-from overland.sim.kernel import after, way
+from overland.sim.kernel import after, forwarding
 
 Compared = tuple[frozenset[str], tuple[Op, ...]]
 
@@ -54,9 +54,9 @@ def put(*facts: Link | BridgeEntry | TunnelEntry) -> KernelState:
 
 
 def test_a_frame_goes_where_the_entries_lead() -> None:
-    assert way(put(BRIDGE_LINK, VXLAN, TAP, TO_PORT), DEVICE, MAC) == PORT
-    assert way(put(BRIDGE_LINK, VXLAN, TO_TUNNEL, REMOTE), DEVICE, MAC) == "192.0.2.2"
-    assert way(put(BRIDGE_LINK, VXLAN, TO_TUNNEL), DEVICE, MAC) is None
+    assert forwarding(put(BRIDGE_LINK, VXLAN, TAP, TO_PORT)).way == PORT
+    assert forwarding(put(BRIDGE_LINK, VXLAN, TO_TUNNEL, REMOTE)).way == "192.0.2.2"
+    assert forwarding(put(BRIDGE_LINK, VXLAN, TO_TUNNEL)).way is None
 
 
 def test_the_fake_kernel_replaces_refuses_and_takes_along_as_linux_does() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from pathlib import Path
@@ -16,11 +17,12 @@ from overland.mobility import messages as m
 from overland.model.cluster import Vm, VmState
 from overland.model.handover import OLD_NVE_ACTION, Handover, Phase
 from overland.nva import handovers
-from overland.sim import run
-from overland.sim import world as world_module
+from overland.sim import nva, run
 from overland.sim.cold import SimHypervisor
+from overland.sim.faults import Plan
 from overland.sim.host import SimHost
-from overland.sim.world import Plan, World
+from overland.sim.invariants import Copies, Violation
+from overland.sim.world import World
 
 FOUND = Path(__file__).parent / "found.txt"
 SEEDS, COLD_SEEDS, CHUNK = 20_000, 10_000, 500
@@ -69,8 +71,9 @@ def test_without_faults_a_cold_move_leaves_the_vm_as_it_was(state: VmState) -> N
         record = world.run(Plan(frames=40, cold=state))
         assert (record.outcome, record.ends_as) == ("moved", state)
         if state == "running":
-            assert {why for _, why in world.books.lost} <= {"in transit", "port removed"}
-            assert len(world.books.delivered) + len(world.books.lost) == 40
+            books = world.underlay.books
+            assert {why for _, why in books.lost} <= {"in transit", "port removed"}
+            assert len(books.delivered) + len(books.lost) == 40
 
 
 def keeps_it_beside(self: SimHypervisor) -> None:
@@ -98,8 +101,8 @@ def always(vm: Vm, nve: str) -> bool:
     [
         (5_000, SimHypervisor, "daemon_started", keeps_it_beside),
         (7_000, handovers, "_last_order_cold", drops_what_is_back),
-        (8_000, world_module, "farewells", nobody),
-        (0, world_module, "may_be_last", always),
+        (8_000, nva, "farewells", nobody),
+        (0, nva, "may_be_last", always),
     ],
 )
 def test_a_bug_planted_in_cold_moves_is_found(
@@ -115,7 +118,7 @@ def test_a_warm_move_loses_no_frame() -> None:
         world = World(seed)
         record = world.run(Plan(frames=40, checkpoints=2))
         assert (record.outcome, record.checkpoints.count) == ("moved", 2)
-        assert len(world.books.delivered) == world.books.sent == 40
+        assert len(world.underlay.books.delivered) == world.underlay.books.sent == 40
 
 
 @pytest.mark.req("R-36")
@@ -124,7 +127,7 @@ def test_without_faults_every_frame_arrives_once_and_in_order() -> None:
         world = World(seed)
         record = world.run(Plan(frames=40))
         assert record.outcome == "moved"
-        assert len(world.books.delivered) == world.books.sent == 40
+        assert len(world.underlay.books.delivered) == world.underlay.books.sent == 40
 
 
 def action(old: SimHost) -> str:
@@ -138,22 +141,43 @@ def action(old: SimHost) -> str:
     return "redirect" if old.gate.into == "tunnel" else "deliver"
 
 
+class AfterEachStep(Copies):
+    """Looks after each step, whether it has touched anything or not."""
+
+    def __init__(self, world: World, look: Callable[[], None]) -> None:
+        super().__init__()
+        self._look = look
+        self.recorded(world.nva.vm_host)
+        self.changed(world.nva.vm_host, runs=True)
+
+    @property
+    def touched(self) -> bool:
+        return True
+
+    @touched.setter
+    def touched(self, touched: bool) -> None:
+        del touched
+
+    def check(self) -> None:
+        super().check()
+        self._look()
+
+
 class Watched(World):
     """Notes what the old NVE does with a frame when a phase begins, and ever in that phase."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
+        self.copies = AfterEachStep(self, self.look)
         self.begins: dict[str, str] = {}
         self.ever: dict[str, set[str]] = {}
 
-    def note(self, who: str, what: str) -> None:
-        _, _, phase = what.partition(" -> ")
-        if who == "nva" and phase:
-            self.begins.setdefault(phase, self.does())
+    def note(self, who: str, *words: object) -> None:
+        if who == "nva" and "->" in words:
+            self.begins.setdefault(str(words[-1]), self.does())
 
-    def _check(self) -> None:
-        super()._check()
-        open_now = self.record or self.authority.ended_moves[f"m{self._moves}"]
+    def look(self) -> None:
+        open_now = self.nva.record or self.nva.authority.ended_moves[self.nva.move]
         self.ever.setdefault(open_now.phase, set()).add(self.does())
 
     def does(self) -> str:
@@ -192,12 +216,41 @@ def test_the_old_nve_does_in_each_phase_what_the_one_table_says() -> None:
     assert "drop" not in ever["aborting"]
 
 
+def runs_at_once(self: SimHost, effect: m.Do) -> None:
+    self.copy = "running"
+    self._ok(effect, text="tcp:new:1")
+
+
+def ends(world: World, plans: Iterator[Plan]) -> tuple[str, float]:
+    """How it ends and when."""
+    try:
+        for plan in plans:
+            world.run(plan)
+    except Violation as violation:
+        return str(violation), world.agenda.now_s
+    return "", world.agenda.now_s
+
+
+@pytest.mark.req("R-14")
+@pytest.mark.parametrize("planted", [False, True])
+def test_looking_only_after_steps_that_touched_something_misses_nothing(
+    planted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if planted:
+        monkeypatch.setattr(SimHost, "_ReceiveCopy", runs_at_once)
+    broken = 0
+    for seed in range(300):
+        chance, plans = run.drawn(seed, 1, "hot")
+        quick = ends(World(chance), plans)
+        whole = World(chance)
+        whole.copies = AfterEachStep(whole, lambda: None)
+        assert ends(whole, run.drawn(seed, 1, "hot")[1]) == quick
+        broken += bool(quick[0])
+    assert bool(broken) is planted
+
+
 @pytest.mark.req("R-14")
 def test_a_planted_bug_is_found_and_told_with_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    def runs_at_once(self: SimHost, effect: m.Do) -> None:
-        self.copy = "running"
-        self._ok(effect, text="tcp:new:1")
-
     monkeypatch.setattr(SimHost, "_ReceiveCopy", runs_at_once)
     failure = run.failing(0, 1)
     assert failure is not None

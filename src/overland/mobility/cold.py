@@ -93,14 +93,19 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
     if record.phase in ENDED:
         return record, ()
     match event:
+        # First those that come most often; else in the order of a move.
+        case Tick():
+            return _tick(record, now_s, now_ns)
+        case Acknowledged():
+            return _acknowledged(record, event, now_s, now_ns)
+        case Closed():
+            return _closed(record, event, now_ns)
         case Start():
             return _start(record, now_s, now_ns)
         case Back(nve=nve):
             return _back(record, nve)
         case Prepared():
             return _prepared(record, event, now_s, now_ns)
-        case Acknowledged():
-            return _acknowledged(record, event, now_s, now_ns)
         case Stopped():
             return _stopped(record, event)
         case Received():
@@ -124,10 +129,6 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             return _lost(record, nve, now_s, now_ns, dead=dead)
         case Restored(nve=nve) | GivenBack(nve=nve):
             return _turned_back(record, nve, now_s, now_ns)
-        case Closed():
-            return _closed(record, event, now_ns)
-        case Tick():
-            return _tick(record, now_s, now_ns)
         case Progress() | Flowing() | Steered() | Digested() | Checkpointed():
             return record, ()
         case _:

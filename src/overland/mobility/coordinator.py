@@ -84,6 +84,9 @@ GIVE_BACK_LIMIT_S = 1.0
 """How long an abort waits for the new NVE to send back what it holds."""
 
 
+_COMES_TO_CLOSE = (Prepared, Received, Stopped, Steered, Running, GivenBack, Restored)
+"""What an NVE says when it has come to where it may close."""
+
 Step = tuple[Handover, tuple[CoordinatorEffect, ...]]
 
 
@@ -98,14 +101,25 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
     """
     if record.phase in ENDED:
         return record, ()
+    if record.closing and isinstance(event, _COMES_TO_CLOSE):
+        # It may not have been there when it was told.
+        again = (tell(event.nve, close_order(record, event.nve)),)
+        return record, _outstanding(record, event.nve) if event.nve in record.waiting else again
     match event:
-        case (
-            Prepared() | Received() | Stopped() | Steered() | Running() | GivenBack() | Restored()
-        ) if record.closing:
-            # It has come to where it may close; it may not have been there when it was told.
-            again = (tell(event.nve, close_order(record, event.nve)),)
-            waits = event.nve in record.waiting
-            return record, _outstanding(record, event.nve) if waits else again
+        # First those that come most often; else in the order of a move.
+        case Tick():
+            return _tick(record, now_s, now_ns)
+        case Closed():
+            return _closed(record, event, now_ns)
+        case Progress(memory=memory, storage=storage):
+            return msgspec.structs.replace(record, memory=memory, storage=storage), ()
+        case Steered(nve=nve, at_ns=at_ns):
+            return _steered(record, nve, at_ns, now_s, now_ns)
+        case Acknowledged(nve=nve, at_ns=at_ns):
+            seen = Acknowledgement(nve=nve, at_ns=at_ns)
+            if committed(record.phase) and nve not in names(record.acknowledged):
+                record = msgspec.structs.replace(record, acknowledged=(*record.acknowledged, seen))
+            return _converge(record, now_s, now_ns)
         case Start():
             return _start(record, now_s, now_ns)
         case Back(nve=nve):
@@ -116,8 +130,6 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             return _failing(record, event, now_s, now_ns)
         case Checkpointed():
             return _checkpointed(record, event, now_s)
-        case Progress(memory=memory, storage=storage):
-            return msgspec.structs.replace(record, memory=memory, storage=storage), ()
         case Flowing(held_ns=held_ns):
             return _flowing(record, held_ns)
         case Stopped():
@@ -126,8 +138,6 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             return _received(record, at_ns, now_ns)
         case Digested():
             return _digested(record, event, now_ns, now_s)
-        case Steered(nve=nve, at_ns=at_ns):
-            return _steered(record, nve, at_ns, now_s, now_ns)
         case Committed():
             return _committed(record, event, now_s, now_ns)
         case Served(nve=nve):
@@ -136,11 +146,6 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             return _running(record, event, now_s, now_ns)
         case Crashed(nve=nve, why=why):
             return _crashed(record, f"the VM ended on {nve} after the commit: {why}", now_s, now_ns)
-        case Acknowledged(nve=nve, at_ns=at_ns):
-            seen = Acknowledgement(nve=nve, at_ns=at_ns)
-            if committed(record.phase) and nve not in names(record.acknowledged):
-                record = msgspec.structs.replace(record, acknowledged=(*record.acknowledged, seen))
-            return _converge(record, now_s, now_ns)
         case GivenBack(nve=nve) | Restored(nve=nve) if record.phase != "aborting":
             # A former NVA turned the move back and could not write that down (HO-49).
             return _abort(record, f"{nve} has turned back already", now_s, now_ns)
@@ -148,10 +153,6 @@ def step(  # noqa: C901 - one row of the state table per event, nothing else
             return _given_back(record, nve, now_s, now_ns)
         case Restored():
             return _restored(record, now_s, now_ns)
-        case Closed():
-            return _closed(record, event, now_ns)
-        case Tick():
-            return _tick(record, now_s, now_ns)
         case _:
             assert_never(event)
 

@@ -89,10 +89,6 @@ def begin(part: Part) -> PartStep:
 def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per transition
     """Return the next part and the effects wanted; an event out of place changes nothing."""
     match part.stage, event:
-        case _, Reconnected():
-            return part, _said(part)
-        case _, Resumed():
-            return _resumed(part)
         case "arming", Done(effect="KeepCheckpoints", text=keep_uri) if part.options.warm:
             return msgspec.structs.replace(part, keep_uri=keep_uri), ()
         case "arming", Done(effect="ReceiveCopy", text=uri):
@@ -102,6 +98,8 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
         case "arming", Done(effect="OpenPorts"):
             part = msgspec.structs.replace(part, stage="awaiting")
             return part, (*_said(part), AwaitCopy())
+        case "arming", Done():
+            return part, ()  # the next effect follows by itself
         case "awaiting", Done(effect="AwaitCopy", number=at_ns):
             part = msgspec.structs.replace(part, received_ns=at_ns)
             return (part, (WithdrawDisks(),)) if part.disks_uri else _whole(part)
@@ -163,6 +161,10 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             return part, (said, *(_run(part) if part.stage == "activating" else ()))
         case "arming" | "awaiting" | "whole" | "activating", Broken(effect=effect, why=why):
             return failed(part, effect, why)
+        case _, Reconnected():
+            return part, _said(part)
+        case _, Resumed():
+            return _resumed(part)
         case _:
             return part, ()
 

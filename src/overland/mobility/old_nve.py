@@ -102,13 +102,11 @@ def begin(part: Part) -> PartStep:
 def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per transition
     """Return the next part and the effects wanted; an event out of place changes nothing."""
     match part.stage, event:
-        case _, Reconnected():
-            return part, _said(part)
-        case _, Resumed():
-            return _resumed(part)
         case "arming", Done(effect="ProvePath"):
             part = msgspec.structs.replace(part, stage="armed")
             return part, _said(part)
+        case "arming", Done():
+            return part, ()  # the next effect follows by itself
         case "armed", Send(uri=uri, keep_uri=keep_uri, disks_uri=disks_uri):
             part = msgspec.structs.replace(part, uri=uri, keep_uri=keep_uri, disks_uri=disks_uri)
             return _mirror(part) if disks_uri else _next_checkpoint(part)
@@ -179,6 +177,10 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             return failed(part, effect, why)
         case "arming" | "armed" | "stopped" | "returned", Close():
             return _close(part)
+        case _, Reconnected():
+            return part, _said(part)
+        case _, Resumed():
+            return _resumed(part)
         case _:
             return part, ()
 

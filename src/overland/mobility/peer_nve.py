@@ -47,13 +47,11 @@ def behind(part: Part) -> bool:
 def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per transition
     """Return the next part and the effects wanted; an event out of place changes nothing."""
     match part.stage, event:
-        case _, Reconnected():
-            return part, _said(part)
-        case _, Resumed():
-            return _resumed(part)
         case "arming", Done(effect="ProvePath"):
             part = msgspec.structs.replace(part, stage="armed")
             return part, _said(part)
+        case "arming", Done():
+            return part, ()  # the next effect follows by itself
         case "armed" | "active", Steer(back=back):
             part = msgspec.structs.replace(part, turned=back, steered_ns=0, failure=None)
             return to(part, "active", SteerHere(back=back, local=False))
@@ -80,6 +78,10 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
         case "closing", Done(effect="CleanUp", packets=packets):
             closed = Closed(move=part.move, nve=part.nve, packets=packets)
             return to(part, "closed", Say(report=closed))
+        case _, Reconnected():
+            return part, _said(part)
+        case _, Resumed():
+            return _resumed(part)
         case _:
             return part, ()
 

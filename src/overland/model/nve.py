@@ -94,15 +94,18 @@ class VnChange(Record, frozen=True, kw_only=True):
 
 def changed(before: VnIntent, change: VnChange) -> VnIntent:
     """The VN after `change`; remotes in the order of their MACs."""
-    remotes = {remote.mac: remote for remote in before.remotes}
-    for mac in change.gone:
-        remotes.pop(mac, None)
-    remotes |= {remote.mac: remote for remote in change.remotes}
+    remotes = before.remotes
+    if change.remotes or change.gone:
+        by_mac = {remote.mac: remote for remote in remotes}
+        for mac in change.gone:
+            by_mac.pop(mac, None)
+        by_mac |= {remote.mac: remote for remote in change.remotes}
+        remotes = tuple(by_mac[mac] for mac in sorted(by_mac))
     return msgspec.structs.replace(
         before,
         members=before.members if change.members is None else change.members,
         tsis=before.tsis if change.tsis is None else change.tsis,
-        remotes=tuple(remotes[mac] for mac in sorted(remotes)),
+        remotes=remotes,
     )
 
 

@@ -56,6 +56,7 @@ from overland.nva.policy import allow_blockers, known_blockers, pair
 from overland.ports import Conflict, Delete, Expect, Ledger, Put, StoreFailure
 
 Kept = Network | Host | Vm | Endpoint | Gateway | WaysOut | Policy | Eligibility | Handover
+_encode = msgspec.json.Encoder().encode
 T = TypeVar("T", Network, Host, Vm, Endpoint, Gateway, WaysOut, Policy, Eligibility, Handover)
 
 
@@ -166,7 +167,7 @@ class Authority:
             Expect(key=key, revision=self._revisions.get(key, 0)) for key in (*puts, *deletes)
         ]
         writes: list[Put | Delete] = [
-            Put(key=key, value=msgspec.json.encode(value)) for key, value in puts.items()
+            Put(key=key, value=_encode(value)) for key, value in puts.items()
         ]
         writes += [Delete(key=key) for key in deletes]
         revision = await self._store.commit(expects, writes)
@@ -291,10 +292,13 @@ class Authority:
     def host_seen(self, host: Host) -> bool:
         """An NVE holds its lease and says this of its host; tells whether that moves mappings."""
         before = self.cluster.hosts.get(host.name)
-        if before is not None:
-            host = msgspec.structs.replace(host, drained=before.drained, answers=before.answers)
+        known = host if before is None else before
         self.cluster.hosts[host.name] = msgspec.structs.replace(
-            host, ready=True, connected_ns=time.time_ns()
+            host,
+            drained=known.drained,
+            answers=known.answers,
+            ready=True,
+            connected_ns=time.time_ns(),
         )
         return (
             before is None
@@ -455,9 +459,8 @@ class Authority:
             vm = self.cluster.vms.get(name)
             if vm is None or (vm.state, vm.reason) == (state, reason):
                 return
-            changed = msgspec.convert(
-                {**msgspec.to_builtins(vm), "state": state, "reason": reason}, Vm
-            )
+            seen = msgspec.convert(state, VmState)
+            changed = msgspec.structs.replace(vm, state=seen, reason=reason)
             changed = interfaces.at_rest(changed, state)
             await self._write({f"vm/{name}": changed})
             self.cluster.vms[name] = changed

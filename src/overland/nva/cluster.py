@@ -131,6 +131,8 @@ class Cluster:
     def near(self, networks: Iterable[str]) -> frozenset[str]:
         """These networks, and those whose tenants theirs may talk with (N-15)."""
         asked = frozenset(networks)
+        if not self.policies:
+            return asked
         pairs = (frozenset(policy.networks) for policy in self.policies.values())
         return asked.union(*(pair for pair in pairs if pair & asked))
 
@@ -140,8 +142,14 @@ class Cluster:
         What is a peer in a move stays one until its end, whatever is no longer allowed meanwhile.
         """
         near = self.near((network,))
-        there = (tsi for tsi in self.tsis() if tsi.state != "init")
-        hosts = {tsi.host for tsi in there if tsi.interface.network in near}
+        hosts = {
+            vm.host
+            for vm in self.vms.values()
+            for each in vm.interfaces
+            if each.network in near and tsi_state(vm, each) != "init"
+        }
+        hosts |= {at.host for at in self.endpoints.values() if at.interface.network in near}
+        hosts |= {at.host for at in self.gateways.values() if at.interface.network in near}
         for move in self.moves.values():
             ports = {port.network for port in move.ports}
             if ports & near:

@@ -165,15 +165,17 @@ def _lost_peers(cluster: Cluster, vm: Vm) -> Iterator[tuple[str, str]]:
     """Peers behind an NVE that could not be told where the VM is, each with what that NVE lacks."""
     own = {each.network for each in vm.interfaces} & cluster.networks.keys()
     near = {name: cluster.near((name,)) & own for name in cluster.near(own)}
-    for tsi in cluster.tsis():
-        host = cluster.hosts.get(tsi.host)
-        if tsi.owner == vm.name or host is None or host.dead:
-            continue
-        mine = near.get(tsi.interface.network, frozenset())
-        needed = sorted(mine | {tsi.interface.network}) if mine else []
-        whys = [why for name in needed if (why := lacking(cluster.networks[name], host))]
-        if whys:
-            yield f"peer {tsi.owner} ({_addresses(tsi.interface)})", whys[0]
+    needed = {name: sorted({name, *mine}) for name, mine in near.items() if mine}
+    lost: dict[tuple[str, str], str] = {}
+    for host in cluster.hosts.values():
+        for network, names in needed.items() if not host.dead else ():
+            whys = [why for name in names if (why := lacking(cluster.networks[name], host))]
+            if whys:
+                lost[network, host.name] = whys[0]
+    for tsi in cluster.tsis() if lost else ():
+        why = lost.get((tsi.interface.network, tsi.host))
+        if why is not None and tsi.owner != vm.name:
+            yield f"peer {tsi.owner} ({_addresses(tsi.interface)})", why
 
 
 def _lost_networks(cluster: Cluster, vm: Vm, to: str) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ipaddress
 from collections import defaultdict
-from functools import cached_property
 from typing import Literal
 
 from overland.model.cluster import Host, Network
@@ -36,6 +35,9 @@ def gateways(network: Network) -> tuple[str, ...]:
     return tuple(gateway_of(subnet) for subnet in (network.ipv4, network.ipv6) if subnet)
 
 
+NOTHING = VnChange()
+"""What has changed where nothing has."""
+
 _Difference = tuple[list[tuple[str, RemoteIntent]], list[str], bool]
 """Mappings that are new or other, with their hosts; MACs no longer mapped; the same members?"""
 
@@ -50,25 +52,29 @@ class VnView:
         self.markings: dict[str, Marking] = {tsi.owner: tsi.marking for tsi in tsis}
         self._places = cluster.places(network.name)
         near = cluster.near((network.name,)) - {network.name}
-        known = (cluster.networks[name] for name in near if name in cluster.networks)
-        self.allowed = tuple(sorted(each.vni for each in known))
-        hosts = (cluster.hosts[name] for name in self._places if name in cluster.hosts)
+        known = [cluster.networks[name].vni for name in near if name in cluster.networks]
+        self.allowed = tuple(sorted(known))
         self._addresses = {
-            host.name: address for host in hosts if (address := underlay_address(host, network))
+            name: address
+            for name in self._places
+            if name in cluster.hosts
+            if (address := underlay_address(cluster.hosts[name], network))
         }
-        dead = {name for name, host in cluster.hosts.items() if host.dead}
-        self._members = {n: at for n, at in self._addresses.items() if n not in dead}
+        self._members = {n: at for n, at in self._addresses.items() if not cluster.hosts[n].dead}
+        self._all = sorted(self._members.values())
         self._last: tuple[VnView, _Difference] | None = None
-        self._here: dict[str, list[TsiIntent]] = defaultdict(list)
-        ways = places(cluster, network.name)
-        for tsi in tsis:
+        here: dict[str, list[TsiIntent]] = defaultdict(list)
+        coming, ways = _coming(cluster), places(cluster, network.name)
+        for tsi in sorted(tsis, key=_place):
             if tsi.state != "init":
-                self._here[tsi.host].append(_local(tsi, tsi.state, ways))
-        for host, tsi in _coming(cluster, network, tsis):
-            self._here[host].append(_local(tsi, "associated", ways))
+                here[tsi.host].append(_local(tsi, tsi.state, ways))
+            new = coming.get(tsi.owner, tsi.host) if tsi.kind == "tap" else tsi.host
+            if new != tsi.host:
+                here[new].append(_local(tsi, "associated", ways))
+        self._here = {host: tuple(each) for host, each in here.items()}
         self._remotes = {
             tsi.interface.mac: (tsi.host, _remote(tsi, self._members[tsi.host]))
-            for tsi in sorted(tsis, key=lambda tsi: tsi.interface.mac)
+            for tsi in sorted(tsis, key=_mac)
             if tsi.state == "activated" and tsi.host in self._members
         }
 
@@ -107,6 +113,8 @@ class VnView:
             return None
         put, gone, same_members = self._difference(since)
         tsis = self._tsis(host)
+        if same_members and not put and not gone and tsis == since._tsis(host):
+            return NOTHING
         return VnChange(
             members=None if same_members else self._others(host),
             tsis=None if tsis == since._tsis(host) else tsis,
@@ -131,29 +139,28 @@ class VnView:
         return self._last[1]
 
     def _tsis(self, host: str) -> tuple[TsiIntent, ...]:
-        return tuple(sorted(self._here.get(host, ()), key=lambda tsi: (tsi.owner, tsi.index)))
+        return self._here.get(host, ())
 
     def _others(self, host: str) -> tuple[str, ...]:
         mine = self._addresses[host]
-        return tuple(address for address in self._all if address != mine)
-
-    @cached_property
-    def _all(self) -> tuple[str, ...]:
-        return tuple(sorted(self._members.values()))
+        return tuple([address for address in self._all if address != mine])
 
 
-def _coming(cluster: Cluster, network: Network, tsis: list[Tsi]) -> list[tuple[str, Tsi]]:
-    """The interfaces that a move is about to bring, each with its new host."""
-    to = {
+def _coming(cluster: Cluster) -> dict[str, str]:
+    """The VMs that a move is about to bring, each with its new host."""
+    return {
         move.vm.name: move.new_nve
         for move in cluster.moves.values()
         if not committed(move.phase) and move.phase != "aborted"
     }
-    return [
-        (to[tsi.owner], tsi)
-        for tsi in tsis
-        if tsi.kind == "tap" and tsi.owner in to and tsi.host != to[tsi.owner]
-    ]
+
+
+def _place(tsi: Tsi) -> tuple[str, int]:
+    return tsi.owner, tsi.index
+
+
+def _mac(tsi: Tsi) -> str:
+    return tsi.interface.mac
 
 
 def _local(tsi: Tsi, state: Literal["associated", "activated"], ways: Places) -> TsiIntent:

@@ -7,14 +7,13 @@ acknowledged, and the last that was: the NVE may have any of these when it comes
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+from overland.model.cluster import Record
 from overland.model.nve import VnChange, VnIntent
-from overland.nva.mapping import VnView
+from overland.nva.mapping import NOTHING, VnView
 
 
-@dataclass(frozen=True, slots=True)
-class Whole:
+class Whole(Record, frozen=True, kw_only=True):
     """The VN as it must be; None: the NVE has no part in it (any more)."""
 
     revision: int
@@ -22,8 +21,7 @@ class Whole:
     versions: dict[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
+class Update(Record, frozen=True, kw_only=True):
     """What has changed since revision `base`."""
 
     base: int
@@ -86,17 +84,18 @@ class Pushes:
         change = view.change(host, before)
         if change is None:
             return self._whole(host, network, view)
-        same = change == VnChange() and view.markings == before.markings
+        same = change == NOTHING and view.markings == before.markings
         if same and not again:
             return None
         self._revision += 1
         sent.append((self._revision, view))
         versions = view.versions if again else view.versions_since(before)
-        return Update(base, self._revision, change, versions)
+        return Update(base=base, revision=self._revision, change=change, versions=versions)
 
     def _whole(self, host: str, network: str, view: VnView | None) -> Whole:
         self._revision += 1
         self._sent[host, network] = [(self._revision, view)] if view is not None else []
         if view is None:
-            return Whole(self._revision, None, {})
-        return Whole(self._revision, view.intent(host), view.versions)
+            return Whole(revision=self._revision, intent=None, versions={})
+        intent = view.intent(host)
+        return Whole(revision=self._revision, intent=intent, versions=view.versions)

@@ -11,27 +11,30 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from overland.mobility import messages as m
 from overland.model.nve import KernelState, NveIntent, Op, VnIntent, changed
 from overland.nva.pushes import Update, Whole
 from overland.nve.delta import delta
 from overland.nve.moving import Moving, settle
 from overland.nve.render import render
 from overland.nve.revisions import Revisions
-from overland.sim.domain import NETWORK
+from overland.sim.domain import NETWORK, PORT, T
 from overland.sim.kernel import KEPT, Failures, FakeKernel
 
 if TYPE_CHECKING:
     from overland.sim.host import SimHost
 
 TURN_LIMIT_S = 5.0
-Prepare = m.PrepareNew | m.PrepareOld | m.PreparePeer
-Turn = Whole | Update | Prepare | m.ColdOrder
 Done = Callable[[Failures], None]
 
 rendered = lru_cache(KEPT)(render)
+
+
+@lru_cache(KEPT)
+def intent_of(vns: tuple[VnIntent, ...]) -> NveIntent:
+    """The same object for the same VNs: to find what follows from it costs next to nothing then."""
+    return NveIntent(vns=vns)
 
 
 @lru_cache(KEPT)
@@ -53,37 +56,34 @@ class SimAgent:
         self._kernel = kernel
         self._moving = moving
         self._vns: dict[str, VnIntent] = {}
-        self._turns: deque[Turn] = deque()
+        self._turns: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._at_work = False
-        self._behind: Callable[[], None] | None = None
+        self.waits: Callable[[], None] | None = None
         self._rounds: deque[Done] = deque()
         self._looking = False
         self._links: frozenset[str] = frozenset()
 
     # ------------------------------------------------------------ turns
 
-    def heard(self, message: Turn) -> None:
+    def pushed(self, push: Whole | Update) -> None:
+        self.revisions.heard(NETWORK, push.revision)
+        self.in_turn(self._take, push)
+
+    def in_turn(self, work: Callable[[T], None], message: T) -> None:
         """What stands on one another is done in order: a prepare order waits for pushes (HO-22)."""
-        if isinstance(message, Whole | Update):
-            self.revisions.heard(NETWORK, message.revision)
-        self._turns.append(message)
+        self._turns.append((work, message))
         self._next()
 
     def _next(self) -> None:
         while self._turns and not self._at_work:
-            message = self._turns.popleft()
-            if isinstance(message, Whole | Update):
-                self._pushed(message)
-            elif isinstance(message, m.Cold):
-                self._host.cold.order(message)
-            else:
-                self._host.prepare(message)
+            work, message = self._turns.popleft()
+            work(message)
 
-    def _pushed(self, push: Whole | Update) -> None:
+    def _take(self, push: Whole | Update) -> None:
         base = push.base if isinstance(push, Update) else None
         judgement = self.revisions.judge(NETWORK, push.revision, base)
         if judgement == "ask":
-            self._host.world.resync(self._host)
+            self._host.ask_for_whole()
         if judgement == "take":
             self._at_work = True
             vn = (
@@ -93,27 +93,26 @@ class SimAgent:
                 self._vns.pop(NETWORK, None)
             else:
                 self._vns[NETWORK] = vn
-            self._want(push, self._host.world.now_s + TURN_LIMIT_S)
+            self._want(push, self._host.agenda.now_s + TURN_LIMIT_S)
 
     def _want(self, push: Whole | Update, limit_s: float) -> None:
         """Apply it once no part of a peer is behind it (HO-28), then acknowledge (HO-12)."""
-        remotes = {each.mac: each.version for vn in self._vns.values() for each in vn.remotes}
-        if self._host.turns_first(remotes) and self._host.world.now_s < limit_s:
-            self._behind = lambda: self._want(push, limit_s)
+        if self._host.turns_first(self._vns.values()) and self._host.agenda.now_s < limit_s:
+            self.waits = lambda: self._want(push, limit_s)
             self._host.while_it_lives(TURN_LIMIT_S, self.part_changed)
             return
-        self.intent = NveIntent(vns=tuple(self._vns.values()))
+        self.intent = intent_of(tuple(self._vns.values()))
         self.reconcile(lambda failures: self._applied(push, failures))
 
     def part_changed(self) -> None:
         """The handover has gone on: a push may have waited for that."""
-        again, self._behind = self._behind, None
+        again, self.waits = self.waits, None
         if again is not None:
             again()
 
     def _applied(self, push: Whole | Update, failures: Failures) -> None:
         self.revisions.applied(NETWORK, push.revision, held=NETWORK in self._vns)
-        self._host.world.acknowledge(self._host, push, failures)
+        self._host.acknowledge(push, failures)
         self._at_work = False
         self._next()
 
@@ -127,8 +126,8 @@ class SimAgent:
 
     def _look(self) -> None:
         self._looking = True
-        seen = self._kernel.state
-        self._host.while_it_lives(self._host.world.short(), lambda: self._compare(seen))
+        host = self._host
+        host.while_it_lives(host.agenda.short(), self._compare, self._kernel.state)
 
     def _compare(self, seen: KernelState) -> None:
         if self.intent is None:
@@ -136,13 +135,17 @@ class SimAgent:
             return
         self._links, ops = compared(self.intent, seen, self._moving)
         if ops:
-            self._host.while_it_lives(0.0005, lambda: self._end(self._host.apply(ops)))
+            self._host.while_it_lives(0.0005, self._write, ops)
         else:
             self._end(())
 
+    def _write(self, ops: tuple[Op, ...]) -> None:
+        self._end(self._host.apply(ops))
+
     def _end(self, failures: Failures) -> None:
         self._looking = False
-        self._links -= {getattr(failure.op.fact, "name", "") for failure in failures}
+        if failures:
+            self._links -= {getattr(failure.op.fact, "name", "") for failure in failures}
         done = self._rounds.popleft()
         if self._rounds:
             self._look()
@@ -157,14 +160,14 @@ class SimAgent:
         if fewer:
             self.reconcile()
 
-    def ready(self, port: str) -> bool:
-        """Tell whether `port` is in the kernel, to stay there."""
-        return self._kernel.has(port) if self.intent is None else port in self._links
+    def ready(self) -> bool:
+        """Tell whether the VM's port is in the kernel, to stay there."""
+        return self._kernel.forwarding.has_port if self.intent is None else PORT in self._links
 
     def founded(self, vn: VnIntent, revision: int) -> None:
         """All this was pushed, applied and acknowledged long ago."""
         self._vns[NETWORK] = vn
-        self.intent = NveIntent(vns=(vn,))
+        self.intent = intent_of((vn,))
         self._links, ops = compared(self.intent, self._kernel.state, self._moving)
         self._kernel.apply(ops)
         self.revisions.heard(NETWORK, revision)

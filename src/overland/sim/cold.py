@@ -103,13 +103,13 @@ class SimHypervisor:
         self._ran = self._host.copy == "running"
         await self._pause()
         self.migration, self.saving = "active", self.memory
-        self._host.world.later(self._host.world.short(), self._written)
+        self._host.agenda.later(self._host.agenda.short(), self._written)
 
     async def _pause(self) -> None:
-        await wait(self._host.world.short())
+        await wait(self._host.agenda.short())
         self._alive()
         if self._host.copy == "running":
-            self.memory = self._host.world.instant
+            self.memory = self._host.world.copies.instant
             self._host.copy = "paused"
 
     def _written(self) -> None:
@@ -131,12 +131,12 @@ class SimHypervisor:
 
     async def resume(self, vm: str) -> int:
         del vm
-        await wait(self._host.world.short())
+        await wait(self._host.agenda.short())
         self._alive()
         if self._loading:
             raise HypervisorFailure("it does not run on: incoming")
         if self._host.copy != "running":
-            self._host.world.runs_on(self._host.name, self.memory)
+            self._host.world.copies.runs_on(self._host.name, self.memory)
             self.migration = "none"
             self._host.copy = "running"
             self._host.deliver()
@@ -149,7 +149,7 @@ class SimHypervisor:
                 raise HypervisorFailure("there is no saved state here")
             self._host.copy, self.memory, self._loading = "paused", self.saved, True
             self.wakes = True
-            self._host.world.later(self._host.world.short(), self._loaded)
+            self._host.agenda.later(self._host.agenda.short(), self._loaded)
         while self._loading:
             await wait(LOOK_S)
         self._alive()
@@ -188,16 +188,16 @@ class SimHypervisor:
     async def give_state(self, vm: str, uri: str) -> int:
         del vm
         address, move = uri.removeprefix("state:").split("|")
-        world, new = self._host.world, self._host.world.hosts[host_at(address)]
-        limit_s = world.now_s + GIVE_LIMIT_S
-        await wait(world.short())
-        while world.is_cut(self._host, new):
+        agenda, new = self._host.agenda, self._host.world.hosts[host_at(address)]
+        limit_s = agenda.now_s + GIVE_LIMIT_S
+        await wait(agenda.short())
+        while self._host.world.underlay.is_cut(self._host, new):
             await wait(0.1)
-            if world.now_s > limit_s:
+            if agenda.now_s > limit_s:
                 raise HypervisorFailure("state not taken: no answer")
         if self.saved is None or not new.hypervisor.takes(move, self.saved):
             raise HypervisorFailure("state not taken")
-        await wait(world.short())
+        await wait(agenda.short())
         return 1
 
     def takes(self, move: str, state: int) -> bool:
@@ -266,15 +266,15 @@ class SimColdMoves:
             self,
             cast("Callable[[Any], Ticket | str]", lambda ticket: ticket or "no ticket"),
             lambda _vm, _state: None,
-            host.world.clock_ns,
+            host.agenda.now_ns,
         )
         self._at_work: dict[str, _Job] = {}
 
     async def ready(self, port: str) -> None:
-        limit_s = self._host.world.now_s + READY_LIMIT_S
-        while not self._host.agent.ready(port):
+        limit_s = self._host.agenda.now_s + READY_LIMIT_S
+        while not self._host.agent.ready():
             await wait(LOOK_S)
-            if self._host.world.now_s > limit_s:
+            if self._host.agenda.now_s > limit_s:
                 raise KernelFailure(f"{port} did not come up")
 
     async def dropped_in_transit(self, bridge: str, mac: str) -> dict[str, int]:
@@ -306,9 +306,9 @@ class SimColdMoves:
             seconds = job.work.send(None)
         except StopIteration as end:
             del self._at_work[job.order.move]
-            self._host.world.report(self._host, end.value)
+            self._host.report(end.value)
             return
-        self._host.while_it_lives(seconds, lambda: self._go_on(job))
+        self._host.while_it_lives(seconds, self._go_on, job)
 
 
 def has_vm(host: SimHost) -> bool:

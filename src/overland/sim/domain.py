@@ -29,11 +29,13 @@ def at_once(work: Coroutine[Any, Any, T]) -> T:
     raise AssertionError("it waits")
 
 
+@cache
 def address_of(host: str) -> str:
     """The underlay address of `host`."""
     return f"192.0.2.{host[1:]}"
 
 
+@cache
 def host_at(address: str) -> str:
     """The host with underlay address `address`."""
     return f"h{address.removeprefix('192.0.2.')}"

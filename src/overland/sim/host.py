@@ -7,34 +7,48 @@ what it takes along on Linux: the daemon's queues go, gates, taps and QEMU stay.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
 
 from overland.mobility import messages as m
 from overland.mobility import new_nve, old_nve, peer_nve
 from overland.mobility.nve import Part, PartStep
-from overland.model.cluster import VmState
+from overland.model.cluster import Vm, VmState
 from overland.model.handover import Checkpoint, Options, Transfer
-from overland.model.nve import BridgeEntry, Muted, Op, TunnelEntry
+from overland.model.nve import BridgeEntry, Muted, Op, TunnelEntry, VnIntent
+from overland.nva.pushes import Update, Whole
 from overland.nve.moving import Moving
-from overland.sim.agent import Prepare, SimAgent
+from overland.sim.agenda import Args
+from overland.sim.agent import SimAgent
 from overland.sim.cold import SimColdMoves, SimHypervisor
+from overland.sim.connection import Connection
 from overland.sim.domain import BRIDGE, DEVICE, MAC, PORT, address_of
-from overland.sim.kernel import Failures, FakeKernel, drops, remote_of, way
+from overland.sim.invariants import Violation
+from overland.sim.kernel import Failures, FakeKernel
+from overland.sim.underlay import Frame
 
 if TYPE_CHECKING:
     from overland.sim.world import World
 
 MACHINES = {"old": old_nve, "new": new_nve, "peer": peer_nve}
+Prepare = m.PrepareNew | m.PrepareOld | m.PreparePeer
+PREPARES = (m.PrepareNew, m.PrepareOld, m.PreparePeer)
+
+# Sets of types: with isinstance of unions a tenth of a move's time went into such questions.
+TURNS = frozenset({m.GiveBack, m.Restore, m.Close, m.Resumed, m.Broken})
+"""What may make effects void that have not begun."""
+
+BESIDE = frozenset({m.WatchTransfer, m.AwaitStop, m.AwaitCopy, m.TakeCheckpoint, m.AwaitInterval})
+"""Effects that wait for something while others are performed."""
+
 Copy = Literal["none", "running", "paused", "incoming", "whole", "sent"]
 MARKER_AGAIN_S, MARKER_LIMIT_S = 0.25, 3.0
 LOOKS = 0.3
 """How often the agent looks at the kernel right after a handover has written to it."""
 
+UNMUTED = (Op(verb="remove", fact=Muted(port=PORT)),)
 READY_LOOK_S, READY_LIMIT_S = 0.005, 10.0
-
-Frame = tuple[str, int]
-"""(sender, number); a marker is ("marker", its number)."""
 
 
 class Gate:
@@ -54,10 +68,10 @@ class SimHost:
     def __init__(self, world: World, name: str) -> None:
         self.world = world
         self.name = name
+        self.agenda = world.agenda
+        self.connection = Connection(self)
         self.alive = True
         self.life = 0
-        self.link = 0
-        self.connected = True
         self.cut_until = 0.0
         self.part: Part | None = None
         self.kept: Part | None = None
@@ -66,7 +80,7 @@ class SimHost:
         self.busy = False
         self.voided = 0
         self._copy: Copy = "none"
-        self._waiting: list[Callable[[], None]] = []
+        self._waiting: list[tuple[int, m.Do, str]] = []
         self.ring: deque[Frame] = deque()
         self.gate: Gate | None = None
         self.tunnel = False
@@ -77,7 +91,6 @@ class SimHost:
         self.sent = 0
         self.finishing = False
         self.base_version = 0
-        self.unsent: list[Callable[[], None]] = []
         self.closed: set[str] = set()
         self.hypervisor = SimHypervisor(self)
         self.cold = SimColdMoves(self)
@@ -92,36 +105,63 @@ class SimHost:
     @copy.setter
     def copy(self, copy: Copy) -> None:
         self._copy = copy
-        self.world.copy_changed(self.name, runs=copy == "running")
+        self.world.copies.changed(self.name, runs=copy == "running")
         waiting, self._waiting = self._waiting, []
-        for again in waiting:
-            self.world.later(0.005, again)
+        for voided, *what in waiting:
+            self.agenda.later(0.005, self._in_part, voided, self._beside, tuple(what))
 
     # ------------------------------------------------------------ the shell (nve/handovers.py)
 
+    def pushed(self, push: Whole | Update) -> None:
+        self.agent.pushed(push)
+
     def order(self, order: m.AnyOrder | m.ColdOrder) -> None:
         part = self.part
-        if isinstance(order, Prepare | m.Cold):
-            self.agent.heard(order)
-            return
-        if part is not None and part.move == order.move:
+        if isinstance(order, m.Cold):
+            self.agent.in_turn(self.cold.order, order)
+        elif isinstance(order, PREPARES):
+            self.agent.in_turn(self.prepare, order)
+        elif part is not None and part.move == order.move:
             self.event(order)
-            return
+        else:
+            self._not_ours(order)
+
+    def _not_ours(self, order: m.AnyOrder) -> None:
         answers = {m.Close: m.Closed, m.GiveBack: m.GivenBack, m.Restore: m.Restored}
         answer = answers.get(type(order))
         if answer is not None:
             self.closed.add(order.move)
-            self.world.report(self, answer(move=order.move, nve=self.name))
+            self.report(answer(move=order.move, nve=self.name))
             return
         if isinstance(order, m.Retire) and order.move in self.closed:
-            self.world.report(self, m.Closed(move=order.move, nve=self.name))
+            self.report(m.Closed(move=order.move, nve=self.name))
             return
-        nothing = m.Failed(move=order.move, nve=self.name, step="order", why="no part in the move")
-        self.world.report(self, nothing)
+        why = "no part in the move"
+        self.report(m.Failed(move=order.move, nve=self.name, step="order", why=why))
+
+    def stop_stale(self, vm: Vm, may_be_last: bool) -> None:
+        """The NVA says that this host's copy is not the VM."""
+        self.cold.stop_stale(vm, may_be_last=may_be_last)
+
+    def acknowledge(self, push: Whole | Update, failures: Failures) -> None:
+        """All of `push` is in the kernel, but for the failures."""
+        but = ("but for", failures) if failures else ()
+        self.world.note(self.name, "has", push.revision, *but)
+        self.connection.say(self.world.nva.acknowledged, self, push, failures)
+
+    def ask_for_whole(self) -> None:
+        """What the NVA says does not go with what this host has."""
+        self.world.note(self.name, "asks for the whole")
+        self.connection.say(self.world.nva.asked, self)
+
+    def report(self, report: m.AnyReport) -> None:
+        if self.world.trace is not None:
+            self.world.note(self.name, "says", type(report).__name__)
+        self.connection.say(self.world.nva.heard, self, report)
 
     def prepare(self, order: Prepare) -> None:
         if order.move in self.closed:
-            self.world.report(self, m.Closed(move=order.move, nve=self.name))
+            self.report(m.Closed(move=order.move, nve=self.name))
         elif self.part is None or self.part.move != order.move:
             self._begin(order)
 
@@ -133,7 +173,7 @@ class SimHost:
             role, vm = ("new" if isinstance(order, m.PrepareNew) else "old"), order.vm
         if self.disk_full:
             failed = m.Failed(move=order.move, nve=self.name, step="journal", why="disk full")
-            self.world.report(self, failed)
+            self.report(failed)
             return
         options = getattr(order, "options", Options())
         part = Part(
@@ -147,33 +187,36 @@ class SimHost:
         if self.part is None:
             return
         step = MACHINES[self.part.role].step(self.part, event)
-        turns_back = isinstance(event, m.GiveBack | m.Restore | m.Close | m.Resumed)
-        if isinstance(event, m.Broken) or (turns_back and step[0].stage != self.part.stage):
-            self.queue.clear()
+        if type(event) in TURNS:
+            turns = step[0].stage != self.part.stage
+            if turns or isinstance(event, m.Broken):
+                self.queue.clear()
         self._take(step)
 
     def _take(self, step: PartStep) -> None:
-        self.part, effects = step
+        part, effects = step
+        self.part = part
         if not self.disk_full:
-            self.kept = self.part
+            self.kept = part
         for effect in effects:
-            if isinstance(effect, m.Say):
-                self.world.report(self, effect.report)
-            elif isinstance(effect, m.AwaitInterval):
-                interval_s = self.part.options.interval_s
-                self._later(interval_s, lambda: self.event(m.Done(effect="AwaitInterval")))
-            elif isinstance(effect, m.WatchTransfer | m.AwaitStop | m.AwaitCopy | m.TakeCheckpoint):
-                stage = self.part.stage
-                self._later(0.005, lambda e=effect, s=stage: self._beside(e, s))  # type: ignore[misc]
-            else:
+            if type(effect) is m.Say:
+                self.report(effect.report)
+            elif type(effect) not in BESIDE:
                 self.queue.append(effect)
-        if self.part.stage == "closed":
-            self.closed.add(self.part.move)
+            elif isinstance(effect, m.AwaitInterval):
+                self._later(part.options.interval_s, self.event, m.Done(effect="AwaitInterval"))
+            else:
+                self._later(0.005, self._beside, effect, part.stage)
+        if part.stage == "closed":
+            self.closed.add(part.move)
             self.part = self.kept = None
             self._void()
             self.agent.moving(frozenset())
-        self.agent.part_changed()
-        self._next()
+        if self.agent.waits is not None:
+            self.agent.part_changed()
+        if self.queue and not self.busy:
+            self.busy = True
+            self._later(self.agenda.short(), self._perform, self.queue.popleft())
 
     def _moving(self) -> frozenset[Moving]:
         """What the agent leaves to the part."""
@@ -184,11 +227,13 @@ class SimHost:
             {Moving(role=role, mac=MAC, port=PORT, device=DEVICE, bridge=BRIDGE, version=version)}
         )
 
-    def turns_first(self, versions: dict[str, int]) -> bool:
+    def turns_first(self, vns: Iterable[VnIntent]) -> bool:
         """A peer turns behind its marker before a committed mapping takes effect (HO-28)."""
         part = self.part
-        newer = versions.get(MAC, 0) > self.base_version
-        if part is None or not newer or not peer_nve.behind(part):
+        if part is None or not peer_nve.behind(part):
+            return False
+        told = [each.version for vn in vns for each in vn.remotes if each.mac == MAC]
+        if max(told, default=0) <= self.base_version:
             return False
         if part.stage == "armed":
             self.event(m.Steer(move=part.move))
@@ -202,50 +247,32 @@ class SimHost:
     def apply(self, ops: tuple[Op, ...]) -> Failures:
         """Write to the kernel, be it the agent or the handover; with its port a VM's ring goes."""
         failures = self.kernel.apply(ops)
-        if self.ring and not self.kernel.has(PORT):
+        if self.ring and not self.kernel.forwarding.has_port:
             for frame in self.ring:
-                self.world.lost(frame, "port removed")
+                self.world.underlay.lost(frame, "port removed")
             self.ring.clear()
         return failures
 
-    def _next(self) -> None:
-        if self.queue and not self.busy:
-            self.busy = True
-            effect = self.queue.popleft()
-            self._later(self.world.short(), lambda: self._perform(effect))
+    def _later(self, seconds: float, work: Callable[[*Args], None], *args: *Args) -> None:
+        """Do `work` unless the daemon dies, or its part is void, before."""
+        self.agenda.later(seconds, self._in_part, self.voided, work, args)
 
-    def _later(self, seconds: float, work: Callable[[], None]) -> None:
-        """Do `work` unless the daemon dies or its part is void before."""
-        self.world.later(seconds, self._in_this_part(work))
+    def _in_part(self, voided: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
+        if self.alive and voided == self.voided:
+            work(*args)
 
-    def _in_this_part(self, work: Callable[[], None]) -> Callable[[], None]:
-        life, voided = self.life, self.voided
-
-        def due() -> None:
-            if self.alive and self.life == life and self.voided == voided:
-                work()
-
-        return due
-
-    def while_it_lives(self, seconds: float, work: Callable[[], None]) -> None:
+    def while_it_lives(self, seconds: float, work: Callable[[*Args], None], *args: *Args) -> None:
         """Do `work` unless the daemon dies before."""
-        life = self.life
+        self.agenda.later(seconds, self._in_life, self.life, work, args)
 
-        def due() -> None:
-            if self.alive and self.life == life:
-                work()
-
-        self.world.later(seconds, due)
+    def _in_life(self, life: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
+        if self.alive and life == self.life:
+            work(*args)
 
     def _void(self) -> None:
         self.voided += 1
         self.queue.clear()
         self.busy = False
-
-    def _done(self, event: m.NveEvent) -> None:
-        self.busy = False
-        self.event(event)
-        self._next()
 
     # ------------------------------------------------------------ life and death
 
@@ -258,13 +285,13 @@ class SimHost:
         self.life += 1
         self._void()
         self.part = None
-        self.unsent.clear()
+        self.connection.forget()
         self.closed.clear()
         self.hypervisor.daemon_died()
         self.listens = False
         for queue in (self.gate.queue if self.gate else None, self.held):
             while queue:
-                self.world.lost(queue.popleft(), "daemon")
+                self.world.underlay.lost(queue.popleft(), "daemon")
 
     def restart(self) -> None:
         self.alive = True
@@ -283,8 +310,8 @@ class SimHost:
             return
         self.copy = "none"
         self.hypervisor.process_died()
-        if self.alive and not self.hypervisor.wakes:
-            self.world.crashed(self)
+        if self.alive and not self.hypervisor.wakes and self.world.plan.cold is not None:
+            self.connection.say(self.world.nva.crashed, self)
         if self.alive and self.part is not None and self.part.vm is not None:
             self.event(m.Broken(effect="vm", why="QEMU ended"))
 
@@ -298,15 +325,27 @@ class SimHost:
 
     def _perform(self, effect: m.Do) -> None:
         name = type(effect).__name__
-        self.world.note(self.name, name)
+        if self.world.trace is not None:
+            self.world.note(self.name, name)
         getattr(self, f"_{name}")(effect)
 
     def _ok(self, effect: m.Do, number: int = 1, text: str = "") -> None:
-        name, back = type(effect).__name__, _back(effect)
-        self._done(m.Done(effect=name, number=number, text=text, back=back))
+        done = m.Done(
+            effect=type(effect).__name__,
+            number=number,
+            text=text,
+            back=type(effect) is m.SteerHere and effect.back,
+        )
+        self.busy = False
+        self.event(done)
 
     def _broken(self, effect: m.Do, why: str) -> None:
-        self._done(m.Broken(effect=type(effect).__name__, why=why, back=_back(effect)))
+        back = type(effect) is m.SteerHere and effect.back
+        self._failed(m.Broken(effect=type(effect).__name__, why=why, back=back))
+
+    def _failed(self, event: m.Broken) -> None:
+        self.busy = False
+        self.event(event)
 
     def _Forget(self, effect: m.Do) -> None:
         self._disarm()
@@ -319,14 +358,14 @@ class SimHost:
             self.look()
 
     def _ArmPorts(self, effect: m.Do) -> None:
-        self._arm(effect, self.world.now_s + READY_LIMIT_S)
+        self._arm(effect, self.agenda.now_s + READY_LIMIT_S)
 
     def _arm(self, effect: m.Do, limit_s: float) -> None:
-        if self.agent.ready(PORT):
+        if self.agent.ready():
             self.gate = self.gate or Gate()
             self._ok(effect)
-        elif self.world.now_s < limit_s:
-            self._later(READY_LOOK_S, lambda: self._arm(effect, limit_s))
+        elif self.agenda.now_s < limit_s:
+            self._later(READY_LOOK_S, self._arm, effect, limit_s)
         else:
             self._broken(effect, "its port did not come up")
 
@@ -350,7 +389,7 @@ class SimHost:
 
     def _ProvePath(self, effect: m.Do) -> None:
         new = self.world.hosts[self.world.new]
-        if new.alive and not self.world.is_cut(self, new):
+        if new.alive and not self.world.underlay.is_cut(self, new):
             self._ok(effect)
         else:
             self._broken(effect, "no answer")
@@ -389,10 +428,10 @@ class SimHost:
 
     def _take_checkpoint(self, effect: m.TakeCheckpoint) -> m.NveEvent:
         new = self.world.hosts[self.world.new]
-        if self.copy != "running" or not new.keeping or self.world.is_cut(self, new):
+        if self.copy != "running" or not new.keeping or self.world.underlay.is_cut(self, new):
             return m.Broken(effect=type(effect).__name__, why="not taken")
-        self.world.mirrored(new)
-        now_ns = int(self.world.now_s * 1e9) + 1
+        new.mirrored()
+        now_ns = self.agenda.now_ns()
         taken = Checkpoint(at_ns=now_ns, kept_ns=now_ns, sent_bytes=1, pause_ms=1.0)
         return m.CheckpointSeen(checkpoint=taken)
 
@@ -407,13 +446,13 @@ class SimHost:
             if self.copy in awaited:
                 self.event(m.Done(effect=name, number=1))
             elif self.copy != "none":
-                self._waiting.append(self._in_this_part(lambda: self._beside(effect, stage)))
+                self._waiting.append((self.voided, effect, stage))
             elif self.part is not None and self.part.stage == stage:
                 self.event(m.Broken(effect=name, why="QEMU ended"))
             return
         self.sent += 1
         new = self.world.hosts[self.world.new]
-        broken = new.copy == "none" or self.world.is_cut(self, new)
+        broken = new.copy == "none" or self.world.underlay.is_cut(self, new)
         status: Literal["failed", "active"] = "failed" if broken else "active"
         passes = 2 if self.sent > 4 else 1
         self.event(
@@ -438,14 +477,30 @@ class SimHost:
             self._broken(effect, "QEMU ended")
             return
         self.finishing = True
-        self.world.later(self.world.short(), self._stop)
+        self.agenda.later(self.agenda.short(), self._stop)
         self._ok(effect)
 
     def _stop(self) -> None:
         """QEMU stops the VM, whether its daemon lives or not."""
         if self.finishing and self.copy == "running":
             self.copy = "sent"
-            self.world.later(self.world.short(), lambda: self.world.arrive(self))
+            self.agenda.later(self.agenda.short(), self._arrive)
+
+    def _arrive(self) -> None:
+        """The rest of memory reaches the new host, once the way is free."""
+        new = self.world.hosts[self.world.new]
+        if self.copy != "sent" or new.copy != "incoming":
+            return
+        if self.world.underlay.is_cut(self, new):
+            self.agenda.later(0.1, self._arrive)
+        else:
+            new.copy = "whole"
+
+    def mirrored(self) -> None:
+        """A checkpoint is whole here; never once its move has ended (R-11)."""
+        if self.world.nva.record is None:
+            raise Violation("a checkpoint was taken after the end of its move")
+        self.checkpoint = True
 
     def _ReleaseInto(self, effect: m.Do) -> None:
         assert isinstance(effect, m.ReleaseInto)
@@ -453,7 +508,7 @@ class SimHost:
         if effect.tunnel:
             rescued = len(self.ring)
             while self.ring:
-                self.world.tunnel(self, self.ring.popleft())
+                self.world.underlay.tunnel(self, self.ring.popleft())
         self._release("tunnel" if effect.tunnel else "ring")
         self._ok(effect, number=rescued)
 
@@ -472,19 +527,20 @@ class SimHost:
             self._ok(effect)
             return
         self.held = self.held if self.held is not None else deque()
-        number = self.world.marker(self, self._in_this_part(lambda: self._turn(effect)))
-        self._ask(effect, number, self.world.now_s + MARKER_LIMIT_S)
+        turn = (self.voided, self._turn, (effect, True))
+        number = self.world.underlay.marker(self, self._in_part, *turn)
+        self._ask(effect, number, self.agenda.now_s + MARKER_LIMIT_S)
 
     def _ask(self, effect: m.SteerHere, number: int, limit_s: float) -> None:
         """A marker can be lost like any frame: it is sent again."""
-        if self.world.now_s < limit_s:
-            if self.world.awaits(number):
+        if self.agenda.now_s < limit_s:
+            if self.world.underlay.awaits(number):
                 self._launch_by_device(("marker", number))
-                self._later(MARKER_AGAIN_S, lambda: self._ask(effect, number, limit_s))
-        elif self.world.forget_marker(number):
-            self._turn(effect, proved=False)
+                self._later(MARKER_AGAIN_S, self._ask, effect, number, limit_s)
+        elif self.world.underlay.forget_marker(number):
+            self._turn(effect, False)
 
-    def _turn(self, effect: m.SteerHere, *, proved: bool = True) -> None:
+    def _turn(self, effect: m.SteerHere, proved: bool) -> None:
         held, self.held = self.held, None
         if effect.local:
             for frame in held or ():
@@ -503,12 +559,12 @@ class SimHost:
         if self.gate is None:
             self._broken(effect, "the gate is not armed")
             return
-        self._write((Op(verb="remove", fact=Muted(port=PORT)),))
+        self._write(UNMUTED)
         self._ok(effect)
 
     def _ResumeVm(self, effect: m.Do) -> None:
         if self.copy == "none" and self.part is not None and self.part.role == "new":
-            self._done(m.Broken(effect="vm", why="QEMU ended"))
+            self._failed(m.Broken(effect="vm", why="QEMU ended"))
             return
         if self.copy in ("none", "incoming"):
             self._broken(effect, "there is no whole copy")
@@ -547,42 +603,38 @@ class SimHost:
 
     # ------------------------------------------------------------ frames
 
-    def way(self) -> str | None:
-        """Where the kernel sends frames for the VM: to its port, or to an NVE's address."""
-        return way(self.kernel.state, DEVICE, MAC)
-
     def arrived(self, frame: Frame) -> None:
         """A frame for the VM comes in from the underlay: what is not for here goes nowhere."""
         if frame[0] == "marker" and self.listens:
-            self.world.marker_seen(frame[1], self)
-        elif drops(self.kernel.state, DEVICE, MAC):
-            self.world.dropped(frame, self, late=True)
-        elif self.way() == PORT:
+            self.world.underlay.marker_seen(frame[1], self)
+        elif self.kernel.forwarding.drops:
+            self.world.underlay.dropped(frame, self, late=True)
+        elif self.kernel.forwarding.way == PORT:
             self._at_port(frame)
         else:
-            self.world.lost(frame, "it does not live here")
+            self.world.underlay.lost(frame, "it does not live here")
 
     def _at_port(self, frame: Frame) -> None:
         gate = self.gate
-        if not self.kernel.has(PORT):
-            self.world.lost(frame, "no port")
+        if not self.kernel.forwarding.has_port:
+            self.world.underlay.lost(frame, "no port")
         elif gate is None or gate.mode == "pass":
             self._ring(frame)
         elif gate.mode == "hold" or gate.queue:
             if self.alive:
                 gate.queue.append(frame)
             else:
-                self.world.lost(frame, "daemon")
+                self.world.underlay.lost(frame, "daemon")
         else:
             self._on(frame)
 
-    def from_tunnel(self, frame: Frame, *, home: bool) -> None:
+    def from_tunnel(self, frame: Frame, home: bool) -> None:
         """Out of the tunnel: past the gate at the old NVE, like any frame at the new one."""
         if not self.tunnel:
-            self.world.lost(frame, "no tunnel")
+            self.world.underlay.lost(frame, "no tunnel")
         elif frame[0] == "marker":
             if self.alive:
-                self.world.marker_seen(frame[1], self)
+                self.world.underlay.marker_seen(frame[1], self)
         elif home:
             self._ring(frame)
         else:
@@ -590,7 +642,7 @@ class SimHost:
 
     def _on(self, frame: Frame) -> None:
         if self.gate is not None and self.gate.into == "tunnel":
-            self.world.tunnel(self, frame)
+            self.world.underlay.tunnel(self, frame)
         else:
             self._ring(frame)
 
@@ -604,50 +656,49 @@ class SimHost:
     def deliver(self) -> None:
         """The guest takes what its tap holds."""
         while self.ring:
-            self.world.delivered(self.ring.popleft())
+            self.world.underlay.delivered(self.ring.popleft())
 
     def send(self, frame: Frame) -> None:
         """A tenant of this host sends to the VM."""
-        if self.held is None or self.way() == PORT:
+        if self.held is None or self.kernel.forwarding.way == PORT:
             self._launch(frame)
         elif self.alive:
             self.held.append(frame)
         else:
-            self.world.lost(frame, "daemon")
+            self.world.underlay.lost(frame, "daemon")
 
     def _launch_by_device(self, frame: Frame) -> None:
         """As markers go: by the VXLAN device, wherever the bridge would send a tenant's frame."""
-        remote = remote_of(self.kernel.state, MAC)
+        remote = self.kernel.forwarding.remote
         if remote is None:
-            self.world.lost(frame, "no entry")
+            self.world.underlay.lost(frame, "no entry")
         else:
-            self.world.launch(self, remote, frame)
+            self.world.underlay.launch(self, remote, frame)
 
     def _launch(self, frame: Frame) -> None:
-        way = self.way()
-        if drops(self.kernel.state, DEVICE, MAC):
-            self.world.dropped(frame, self, late=False)
+        way = self.kernel.forwarding.way
+        if self.kernel.forwarding.drops:
+            self.world.underlay.dropped(frame, self, late=False)
         elif way == PORT:
             self._at_port(frame)
         elif way is None:
-            self.world.lost(frame, "nobody knows where it lives")
+            self.world.underlay.lost(frame, "nobody knows where it lives")
         else:
-            self.world.launch(self, way, frame)
+            self.world.underlay.launch(self, way, frame)
 
 
-def _back(effect: m.Do) -> bool:
-    return isinstance(effect, m.SteerHere) and effect.back
-
-
+@cache
 def _entry(host: str) -> tuple[Op, ...]:
     """Frames that leave by the VXLAN device go to `host` (dataplane/handover.py)."""
     return (Op(verb="put", fact=TunnelEntry(device=DEVICE, mac=MAC, remote=address_of(host))),)
 
 
+@cache
 def _local(port: str) -> tuple[Op, ...]:
     return (Op(verb="put", fact=BridgeEntry(bridge=BRIDGE, mac=MAC, port=port)),)
 
 
+@cache
 def _turned(host: str | None) -> tuple[Op, ...]:
     """This host's own tenants: to the port here, or to `host`."""
     return _local(PORT) if host is None else (*_entry(host), *_local(DEVICE))

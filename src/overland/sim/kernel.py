@@ -6,8 +6,9 @@ its entries along.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from functools import lru_cache
+from typing import NamedTuple
 
 import msgspec
 
@@ -24,6 +25,7 @@ from overland.model.nve import (
     OpFailure,
     TunnelEntry,
 )
+from overland.sim.domain import DEVICE, MAC, PORT
 
 KEPT = 20_000
 """Seeds come by the same states again and again: what follows from one is worked out once."""
@@ -42,18 +44,44 @@ Failures = tuple[OpFailure, ...]
 class FakeKernel:
     """What is ours in one host's kernel; it outlives the daemon."""
 
-    __slots__ = ("state",)
+    __slots__ = ("forwarding", "state")
 
     def __init__(self) -> None:
         self.state = KernelState()
+        self.forwarding = forwarding(self.state)
 
-    def apply(self, ops: Sequence[Op]) -> Failures:
+    def apply(self, ops: tuple[Op, ...]) -> Failures:
         """Perform `ops` in order; what is refused does not stop the others."""
-        self.state, failures = after(self.state, tuple(ops))
+        self.state, failures = after(self.state, ops)
+        self.forwarding = forwarding(self.state)
         return failures
 
-    def has(self, link: str) -> bool:
-        return has_link(self.state, link)
+
+class Forwarding(NamedTuple):
+    """What a host does with frames for the VM.
+
+    `has_port`: it is here, or about to come. `way`: where those of this host's tenants go, a local
+    port or an NVE's address; None: the bridge does not know. It would flood, and that is a hole in
+    the mappings. `remote`: where what leaves by the VXLAN device goes. `drops`: what comes in by
+    that device is dropped and counted (R-33).
+    """
+
+    has_port: bool
+    way: str | None
+    remote: str | None
+    drops: bool
+
+
+@lru_cache(KEPT)
+def forwarding(state: KernelState) -> Forwarding:
+    port = next((each.port for each in state.bridge_entries if each.mac == MAC), None)
+    remote = next((each.remote for each in state.tunnel_entries if each.mac == MAC), None)
+    return Forwarding(
+        has_port=any(link.name == PORT for link in state.links),
+        way=remote if port == DEVICE else port,
+        remote=remote,
+        drops=InTransit(port=DEVICE, mac=MAC) in state.in_transit,
+    )
 
 
 @lru_cache(KEPT)
@@ -72,35 +100,6 @@ def after(state: KernelState, ops: tuple[Op, ...]) -> tuple[KernelState, Failure
             if isinstance(fact, Link):
                 facts = {key: each for key, each in facts.items() if fact.name not in _on(each)}
     return _state(facts), tuple(failures)
-
-
-@lru_cache(KEPT)
-def has_link(state: KernelState, name: str) -> bool:
-    return any(link.name == name for link in state.links)
-
-
-@lru_cache(KEPT)
-def way(state: KernelState, device: str, mac: str) -> str | None:
-    """Where a frame of this host's tenants for `mac` goes: a local port, or an NVE's address.
-
-    None: the bridge does not know; it would flood, and that is a hole in the mappings.
-    """
-    port = next((each.port for each in state.bridge_entries if each.mac == mac), None)
-    if port != device:
-        return port
-    return remote_of(state, mac)
-
-
-@lru_cache(KEPT)
-def remote_of(state: KernelState, mac: str) -> str | None:
-    """Where what leaves by the VXLAN device for `mac` goes."""
-    return next((each.remote for each in state.tunnel_entries if each.mac == mac), None)
-
-
-@lru_cache(KEPT)
-def drops(state: KernelState, port: str, mac: str) -> bool:
-    """Tell whether frames to `mac` that come in by `port` are dropped and counted (R-33)."""
-    return any(each.mac == mac and each.port == port for each in state.in_transit)
 
 
 def difference(one: KernelState, other: KernelState) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from overland.model.cluster import VmState
-from overland.sim.world import Plan, Violation, World
+from overland.sim.faults import Plan
+from overland.sim.invariants import Violation
+from overland.sim.world import World
 
 DISKS = ("store", "disk")
 """The NVA's disk is full, or that of an NVE."""
@@ -16,6 +20,9 @@ DISKS = ("store", "disk")
 Mode = Literal["hot", "warm", "cold"]
 COLD_FROM: tuple[VmState, ...] = ("running", "running", "paused", "suspended", "shutdown")
 """What a VM does before it moves cold."""
+
+YOUNG = 50_000
+"""Objects that are left before garbage is looked for."""
 
 KINDS = ("daemon", "daemon", "daemon", "nva", "cut", "cut", "copy", "abort")
 
@@ -62,22 +69,22 @@ def with_full_disk(plan: Plan, rng: random.Random) -> Plan:
 
 def simulate(seed: int, moves: int, mode: Mode = "hot", *, trace: bool = False) -> World:
     """Run one seed: `moves` moves of one VM, one after the other. Raises Violation."""
-    world = World(random.Random(seed).randrange(2**32), trace=trace)
-    for plan in plans_of(seed, moves, mode):
+    chance, plans = drawn(seed, moves, mode)
+    world = World(chance, trace=trace)
+    for plan in plans:
         world.run(plan)
     return world
 
 
-def plans_of(seed: int, moves: int, mode: Mode) -> Iterator[Plan]:
-    """What happens in each move under `seed`."""
-    rng, disks, modes = (
-        random.Random(seed),
-        random.Random(f"disks {seed}"),
-        random.Random(f"modes {seed}"),
-    )
-    rng.randrange(2**32)  # the world's own
-    for _ in range(moves):
-        yield in_mode(with_full_disk(plan_of(rng), disks), mode, modes)
+def drawn(seed: int, moves: int, mode: Mode) -> tuple[int, Iterator[Plan]]:
+    """What `seed` stands for: the seed of the world's own chance, and what befalls each move."""
+    rng, disks = random.Random(seed), random.Random(f"disks {seed}")
+    chance = rng.randrange(2**32)
+    plans = (with_full_disk(plan_of(rng), disks) for _ in range(moves))
+    if mode == "hot":
+        return chance, plans
+    modes = random.Random(f"modes {seed}")
+    return chance, (in_mode(plan, mode, modes) for plan in plans)
 
 
 def failing(seed: int, moves: int, mode: Mode = "hot") -> Failing | None:
@@ -90,10 +97,11 @@ def failing(seed: int, moves: int, mode: Mode = "hot") -> Failing | None:
 
 
 def _explained(seed: int, moves: int, mode: Mode, why: str) -> Failing:
-    world = World(random.Random(seed).randrange(2**32), trace=True)
+    chance, plans = drawn(seed, moves, mode)
+    world = World(chance, trace=True)
     move = 0
     try:
-        for move, plan in enumerate(plans_of(seed, moves, mode), 1):  # noqa: B007 - it is told
+        for move, plan in enumerate(plans, 1):  # noqa: B007 - it is told
             world.run(plan)
     except Violation:
         pass
@@ -103,9 +111,21 @@ def _explained(seed: int, moves: int, mode: Mode, why: str) -> Failing:
 
 def first_failing(first: int, last: int, moves: int, mode: Mode = "hot") -> int | None:
     """The first seed from `first` on, before `last`, that does not hold; None when all do."""
-    for seed in range(first, last):
-        try:
-            simulate(seed, moves, mode)
-        except Violation:
-            return seed
+    with seldom_collected():
+        for seed in range(first, last):
+            try:
+                simulate(seed, moves, mode).dismantle()
+            except Violation:
+                return seed
     return None
+
+
+@contextmanager
+def seldom_collected() -> Iterator[None]:
+    """Nearly nothing is left of a dismantled world for the garbage collector to find."""
+    before = gc.get_threshold()
+    gc.set_threshold(YOUNG, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)

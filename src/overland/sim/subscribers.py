@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
+from overland.model.nve import VnIntent
 from overland.nva.authority import Authority
+from overland.nva.cluster import Cluster
 from overland.nva.mapping import VnView
 from overland.nva.pushes import Pushes, Update, Whole
-from overland.sim.domain import NETWORK
+from overland.sim.domain import NAMES, NETWORK, at_once, founded
 from overland.sim.kernel import Failures
+from overland.store.memory import MemoryStore
 
 if TYPE_CHECKING:
     from overland.sim.host import SimHost
+
+
+class FoundedView(VnView):
+    """The VN as it is before the first move, in each seed alike: its intents are made once."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__(cluster, cluster.networks[NETWORK])
+        self._intents = {name: super(FoundedView, self).intent(name) for name in NAMES}
+
+    def intent(self, host: str) -> VnIntent:
+        return self._intents[host]
+
+
+@cache
+def founded_view() -> FoundedView:
+    store = MemoryStore()
+    at_once(store.commit([], founded()))
+    authority = Authority(store, lambda _: None)
+    at_once(authority.load())
+    return FoundedView(authority.cluster)
 
 
 class Subscribers:
@@ -39,7 +63,7 @@ class Subscribers:
         """Tell everybody who is there what is news to him."""
         view = self.view()
         for host in self._hosts:
-            if host.connected:
+            if host.connection.up:
                 self._push(host, view)
 
     def connected(self, host: SimHost, known: dict[str, int]) -> None:
@@ -68,7 +92,7 @@ class Subscribers:
 
     def found(self) -> None:
         """Everybody has it all, since long."""
-        view = self.view()
+        view = founded_view()
         for host in self._hosts:
             push = self._pushes.news(host.name, NETWORK, view)
             assert isinstance(push, Whole)
