@@ -613,7 +613,7 @@ def test_a_disk_moves_alone_under_a_writer_and_the_network_does_not_notice(lab: 
 
 @pytest.mark.req("R-54")
 @pytest.mark.parametrize(
-    "who", ["nve", "qemu", *map(wide, ("nva", "exporter", "host with the image", "abort"))]
+    "who", ["qemu", *map(wide, ("nva", "nve", "exporter", "host with the image", "abort"))]
 )
 def test_a_fault_while_a_disk_moves_alone_leaves_one_image(lab: Lab, who: str) -> None:
     writer = Writer("db")
