@@ -15,7 +15,7 @@ import pytest
 from overland.config import NvaConfig, Tls
 from overland.daemon.nva import Domain
 from overland.mobility import messages as m
-from overland.model.cluster import Disk, Endpoint, Host, Interface, Network, Vm, VmState
+from overland.model.cluster import Disk, Endpoint, Host, Interface, Leg, Network, Vm, VmState
 from overland.model.handover import Checkpoints, Handover, Memory, Options, PhaseAt
 from overland.nva.authority import Blocked
 from overland.ports import StoreFailure
@@ -719,6 +719,47 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 @pytest.mark.req("N-21")
+async def told(nve: Nve) -> w.VnUpdate:
+    """The next update, as the kernel has taken it."""
+    update = await nve.hears(w.VnUpdate)
+    nve.say(w.Ack(network=update.network, revision=update.revision, versions=update.versions))
+    return update
+
+
+async def test_a_gateway_goes_when_those_who_used_it_have_another_in_their_kernels(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the others nobody is waited for: they are told nothing new."""
+    monkeypatch.setattr("overland.daemon.nva.ASSOCIATE_LIMIT_S", 3600.0)
+    authority, nves = world.domain.authority, [world.nve(name) for name in ("h1", "h2", "h3")]
+    for nve in nves:
+        nve.connect()
+        await nve.hears(w.Welcome)
+    one, two, three = nves
+    await authority.create_network(Network(name="red", vni=77, kind="l3", ipv4="10.9.0.0/24"))
+    face = Interface(network="red", mac="")
+    await authority.create_endpoint(Endpoint(name="p1", host="h1", namespace="p1", interface=face))
+    await one.gets("red")
+    leg = Leg(bridge="out0", ipv4="198.51.100.2/24", via_ipv4="198.51.100.1")
+    first = await authority.create_gateway("red", "h2", leg)
+    await two.gets("red")
+    await told(one)
+    leg = msgspec.structs.replace(leg, ipv4="198.51.100.3/24")
+    second = await authority.create_gateway("red", "h3", leg)
+    await three.gets("red")
+    for nve in (one, two):
+        await told(nve)
+    removal = asyncio.create_task(world.domain.delete_gateway("red", "h2"))
+    update = await one.hears(w.VnUpdate)
+    assert update.change.tsis is not None
+    assert [tsi.ways_out for tsi in update.change.tsis] == [(second.interface.ipv4,)]
+    assert first.key in authority.cluster.gateways
+    one.say(w.Ack(network="red", revision=update.revision, versions=update.versions))
+    await removal
+    assert list(authority.cluster.gateways) == [second.key]
+    assert (await told(one)).change.gone == (first.interface.mac,)
+
+
 async def test_an_nve_is_told_when_it_has_heard_of_every_vn(world: World) -> None:
     """After the last of them, also after a Hello that knows nothing: until then it removes none."""
     one, _ = await begin(world)
