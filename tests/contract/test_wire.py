@@ -819,7 +819,7 @@ async def offering(nve: Nve) -> w.Serve:
     return serve
 
 
-async def told(nve: Nve) -> list[type[m.AnyOrder | m.ColdOrder | m.DiskOrder]]:
+async def ordered(nve: Nve) -> list[type[m.AnyOrder | m.ColdOrder | m.DiskOrder]]:
     """The orders that `nve` has been given until now."""
     nve.say(w.Query(id=9, network="blue", address="10.0.0.1"))
     orders = []
@@ -842,8 +842,8 @@ async def test_a_vm_runs_once_what_its_disk_is_offered_as_now_is_said_and_not_be
     one.say(w.Served(revision=serve.revision - 1))
     one.say(w.Served(revision=serve.revision, failures=("it is locked",)))
     two.say(w.Served(revision=serve.revision))
-    await told(one)  # it has been heard
-    assert m.Activate not in await told(two)
+    await ordered(one)  # it has been heard
+    assert m.Activate not in await ordered(two)
     one.say(w.Served(revision=serve.revision))
     order = await two.hears(w.MoveOrder)
     assert isinstance(order.order, m.Activate)
