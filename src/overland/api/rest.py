@@ -28,7 +28,7 @@ from overland.model.cluster import (
 )
 from overland.model.eligibility import LatencyClass, Signed
 from overland.model.forecast import Forecast
-from overland.model.handover import DiskChoice, Handover, Options
+from overland.model.handover import Handover, Options
 from overland.model.receipt import receipt, timestamp
 from overland.nva.authority import Authority, Blocked
 from overland.ports import StoreFailure
@@ -66,9 +66,7 @@ class Service(Protocol):
         self, name: str, network: str, changes: dict[str, str | None]
     ) -> Vm: ...
 
-    async def cold_blockers(
-        self, name: str, to: str, choice: DiskChoice = "declared"
-    ) -> tuple[Refused, ...]: ...
+    async def cold_blockers(self, name: str, to: str, options: Options) -> tuple[Refused, ...]: ...
 
     async def forecast(
         self, name: str, to: str, options: Options
@@ -101,13 +99,22 @@ class PolicyWish(Record, frozen=True, kw_only=True):
     networks: tuple[str, str]
 
 
+class InterfaceWish(Record, frozen=True, kw_only=True):
+    """An interface as it is wished, or as a dry run has answered; what else that says is left."""
+
+    network: str | None = None
+    mac: str | None = None
+    ipv4: str | None = None
+    ipv6: str | None = None
+
+
 class VmWish(Record, frozen=True, kw_only=True):
     """Body of POST /v1/vms. Addresses left out are chosen; `dry_run` shows them, no more."""
 
     name: str
     owner: str = ""
     host: str
-    interfaces: tuple[dict[str, str | None], ...]
+    interfaces: tuple[InterfaceWish, ...]
     memory_mib: int = 128
     vcpus: int = 1
     boot: Boot = Boot()
@@ -338,10 +345,7 @@ def _machines(app: FastAPI, service: Service) -> None:
         wish = await _body(request, VmWish)
         interfaces = tuple(
             Interface(
-                network=each.get("network") or "",
-                mac=each.get("mac") or "",
-                ipv4=each.get("ipv4"),
-                ipv6=each.get("ipv6"),
+                network=each.network or "", mac=each.mac or "", ipv4=each.ipv4, ipv6=each.ipv6
             )
             for each in wish.interfaces
         )
@@ -393,10 +397,10 @@ async def _migrate(service: Service, name: str, wish: MigrateWish) -> JSONRespon
         return _json({"id": await service.migrate(name, wish.to, options, cold=cold)}, 202)
     forecast: Forecast | None = None
     if cold:
-        blockers = await service.cold_blockers(name, wish.to, wish.options.storage)
+        blockers = await service.cold_blockers(name, wish.to, options)
     else:
         forecast, blockers = await service.forecast(name, wish.to, options)
-    flags = () if blockers else service.authority.flags(name, wish.to)
+    flags = () if blockers else service.authority.flags(name, wish.to, options)
     return _json(
         {"vm": name, "to": wish.to, "blockers": blockers, "flags": flags, "forecast": forecast}
     )

@@ -22,7 +22,7 @@ class TsiIntent(Record, frozen=True, kw_only=True):
     `associated`: everything is in place but nothing from it is let in. `activated`: in use.
     `index` counts the interfaces of one owner. `namespace` is set for an endpoint only.
     `in_transit`: what is sent to it here is dropped and counted (R-33). `leg` is set for a gateway
-    only, the VN's way out.
+    only, the VN's way out. `beside`: addresses as valid as the two (ADR 0028).
     """
 
     owner: str
@@ -31,6 +31,7 @@ class TsiIntent(Record, frozen=True, kw_only=True):
     mac: str
     ipv4: str | None = None
     ipv6: str | None = None
+    beside: tuple[str, ...] = ()
     state: Literal["associated", "activated"]
     namespace: str | None = None
     in_transit: bool = False
@@ -41,11 +42,13 @@ class RemoteIntent(Record, frozen=True, kw_only=True):
     """A tenant address behind another NVE; `nve` is that NVE's underlay address.
 
     `outside`: the families in which it is the VN's way to everything that is not in the VN.
+    `beside`: addresses as valid as the two (ADR 0028).
     """
 
     mac: str
     ipv4: str | None = None
     ipv6: str | None = None
+    beside: tuple[str, ...] = ()
     nve: str
     version: int
     in_transit: bool = False

@@ -20,6 +20,7 @@ from overland.model.cluster import (
 )
 from overland.model.eligibility import Eligibility
 from overland.model.handover import Handover, Marking, marking
+from overland.model.readdress import beside
 
 AT_REST: tuple[VmState, ...] = ("shutdown", "suspended", "crashed")
 """States in which a VM's interfaces are associated only: nothing from them, nothing to them."""
@@ -38,6 +39,13 @@ class Tsi(Record, frozen=True, kw_only=True):
     active: bool = True
     marking: Marking = "none"
     leg: Leg | None = None
+    beside: tuple[str, ...] = ()
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Every IP address that is its own now."""
+        own = (self.interface.ipv4, self.interface.ipv6)
+        return (*(address for address in own if address), *self.beside)
 
 
 @dataclass(slots=True)
@@ -71,6 +79,7 @@ class Cluster:
                     version=vm.version,
                     active=vm.state not in AT_REST,
                     marking=marking(move) if move is not None else "none",
+                    beside=beside(interface, move.readdress if move is not None else None),
                 )
         for endpoint in self.endpoints.values():
             yield Tsi(

@@ -172,7 +172,7 @@ def _same_family(one: str, other: str) -> bool:
 
 def _known(vn: VnIntent, tenant: TsiIntent | RemoteIntent) -> Iterator[Fact]:
     """What answers or finds the tenant's addresses: the bridge, or the router in its place."""
-    for address in filter(None, (tenant.ipv4, tenant.ipv6)):
+    for address in filter(None, (tenant.ipv4, tenant.ipv6, *tenant.beside)):
         if vn.gateways:
             router = router_name(vn.vni)
             yield RouterNeighbour(router=router, address=address, mac=tenant.mac)
