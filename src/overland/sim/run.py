@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from overland.model.cluster import VmState
-from overland.sim.world import Plan, Violation, World
+from overland.sim.violation import Violation
+from overland.sim.world import Plan, World
 
 DISKS = ("store", "disk")
 """The NVA's disk is full, or that of an NVE."""
 
-Mode = Literal["hot", "warm", "cold"]
+Mode = Literal["hot", "warm", "cold", "readdress"]
+"""`readdress`: any of the others, the same all along, and each move changes the VM's address."""
+
 COLD_FROM: tuple[VmState, ...] = ("running", "running", "paused", "suspended", "shutdown")
 """What a VM does before it moves cold."""
 
@@ -50,6 +53,11 @@ def in_mode(plan: Plan, mode: Mode, rng: random.Random) -> Plan:
     return plan
 
 
+def to_another_address(plan: Plan, rng: random.Random) -> Plan:
+    """The same move, which also changes the VM's address; the old one may outlast it."""
+    return replace(plan, keep_s=rng.choice((0.0, 1.0, 5.0, 1000.0)))
+
+
 def with_full_disk(plan: Plan, rng: random.Random) -> Plan:
     """In every third move a disk is full for a while. Drawn apart: seeds stay what they were."""
     if rng.randrange(3):
@@ -76,8 +84,10 @@ def plans_of(seed: int, moves: int, mode: Mode) -> Iterator[Plan]:
         random.Random(f"modes {seed}"),
     )
     rng.randrange(2**32)  # the world's own
+    way: Mode = modes.choice(("hot", "hot", "warm", "cold")) if mode == "readdress" else mode
     for _ in range(moves):
-        yield in_mode(with_full_disk(plan_of(rng), disks), mode, modes)
+        plan = in_mode(with_full_disk(plan_of(rng), disks), way, modes)
+        yield to_another_address(plan, modes) if mode == "readdress" else plan
 
 
 def failing(seed: int, moves: int, mode: Mode = "hot") -> Failing | None:

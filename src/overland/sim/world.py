@@ -44,9 +44,11 @@ from overland.ports import Conflict, StoreFailure
 from overland.sim.agent import rendered
 from overland.sim.cold import has_vm
 from overland.sim.domain import NAMES, VM, at_once, founded, host_at, host_record
+from overland.sim.former import FormerAddresses
 from overland.sim.host import Frame, SimHost
 from overland.sim.kernel import Failures, difference
 from overland.sim.subscribers import Subscribers
+from overland.sim.violation import Violation
 from overland.store.memory import MemoryStore
 
 LEASE_S = 3.0
@@ -59,10 +61,6 @@ QUIET_S = 120.0
 """After the last fault: long enough for every deadline of a move to pass twice."""
 
 
-class Violation(Exception):
-    """An invariant does not hold; the text says which and how."""
-
-
 @dataclass
 class Plan:
     """What happens to this seed: faults as (at_s, kind, who, how long)."""
@@ -73,6 +71,8 @@ class Plan:
     checkpoints: int = 0
     cold: VmState | None = None
     """What a VM that moves cold does before; None: it moves hot, or warm with checkpoints."""
+    keep_s: float | None = None
+    """How long the old address is kept after a move that changes it; None: it stays."""
 
     @property
     def undisturbed(self) -> bool:
@@ -127,6 +127,7 @@ class World:
         self._markers: dict[int, Callable[[SimHost], None]] = {}
         self._moves = self._frames = 0
         self._killed: set[str] = set()
+        self.former = FormerAddresses(self)
 
     # ------------------------------------------------------------ clock
 
@@ -168,7 +169,7 @@ class World:
         for host in self.hosts.values():
             self.later(0.1 * self.random.random(), host.look)
         end_s = self.now_s + QUIET_S + max((f[0] + f[3] for f in plan.faults), default=0.0)
-        while self._agenda and self.now_s < end_s:
+        while self._something_before(end_s):
             self.now_s, _, work = heapq.heappop(self._agenda)
             work()
             self._check()
@@ -177,6 +178,10 @@ class World:
                 break
         return self._verdict()
 
+    def _something_before(self, end_s: float) -> bool:
+        """What is due later stays for another move."""
+        return bool(self._agenda) and self._agenda[0][0] < end_s
+
     def _faults_to_come(self) -> bool:
         return any(not host.alive or self._is_away(host) for host in self.hosts.values()) or bool(
             self.plan.faults and self.now_s < max(f[0] + f[3] for f in self.plan.faults)
@@ -184,7 +189,7 @@ class World:
 
     def _drain(self, end_s: float) -> None:
         """What is still under way comes to its end."""
-        while self._agenda and self.now_s < end_s:
+        while self._something_before(end_s):
             self.now_s, _, work = heapq.heappop(self._agenda)
             work()
             self._check()
@@ -193,7 +198,7 @@ class World:
         """As an operator's wish does it: all hosts are there, and the VM must be free."""
         for name in NAMES:
             self.authority.host_seen(host_record(name))
-        options = Options(checkpoints=self.plan.checkpoints)
+        options = Options(checkpoints=self.plan.checkpoints, addresses=self.former.wish())
         cold = self.plan.cold is not None
         move = f"m{self._moves}"
         return at_once(self.authority.begin_move(move, VM, self.new, options, cold=cold))
@@ -249,12 +254,14 @@ class World:
         assert self.record is not None
         if after.phase != self.record.phase:
             self.note("nva", f"{self.record.phase} -> {after.phase}")
+            self.former.check(after)
         self.record = after
         self._perform(effects)
         if after.mode != "cold" and committed(after.phase) and self.published < self.version:
             self._publish()
         if after.phase in ENDED:
             self.record = None
+            self.former.begun(after)
             for nve, order in farewells(after, self.authority.vm(VM)):
                 self._tell(nve, order)
             if self.plan.cold is not None and self.authority.vm(VM).state != "shutdown":
@@ -493,7 +500,7 @@ class World:
         for record in self.authority.to_turn_back(host.name):
             self._tell(host.name, turn_back(record))
 
-    def _in_this_life(self, work: Callable[[], None]) -> Callable[[], None]:
+    def in_this_life(self, work: Callable[[], None]) -> Callable[[], None]:
         life = self.nva_life
 
         def due() -> None:
@@ -505,7 +512,7 @@ class World:
     def _vm_state(self, state: VmState) -> None:
         """Written as soon as the store takes it."""
         if self.store_full:
-            self.later(RETRY_S, self._in_this_life(lambda: self._vm_state(state)))
+            self.later(RETRY_S, self.in_this_life(lambda: self._vm_state(state)))
             return
         at_once(self.authority.vm_state(VM, state))
         alive = self.authority.is_alive(VM, state)
@@ -588,6 +595,7 @@ class World:
         self.published = self.version if self.record is None else 0
         self._step(m.Start())
         self._tick(self.nva_life)
+        self.former.look()
 
     # ------------------------------------------------------------ memory
 
@@ -721,6 +729,7 @@ class World:
                 raise Violation(f"{host.name} still takes or keeps checkpoints")
             self._check_states(host, record)
         self._check_told(vm, record)
+        self.former.verdict(record)
         self._converged()
         for host in self.hosts.values():
             host.checkpoint = False  # nobody needs it any more: the VM is back
