@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import tomllib
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -23,6 +25,57 @@ class Tls(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """This daemon's certificate. Its common name is `nva`, or `nve:HOST`."""
     key: str
     """The private key of that certificate, without a passphrase."""
+
+
+KeyAlgorithm = Literal["hmac-sha256", "hmac-sha384", "hmac-sha512"]
+
+
+class Dns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the name of a VM is updated after a move that has changed its addresses (RFC 2136,
+    signed as RFC 8945 has it). A convenience: no move waits for it, or fails with it.
+    """
+
+    server: str
+    """IP address of the zone's primary name server; `ADDRESS:PORT` or `[ADDRESS]:PORT` when it does
+    not listen on port 53."""
+    zone: str
+    """The zone. The name of VM `web` is `web.` and this."""
+    key_name: str
+    """Name of the key (TSIG) that the name server knows for these updates."""
+    key_file: str
+    """Path of a file with that key's secret in base64 and nothing else, for the NVA's eyes only."""
+    key_algorithm: KeyAlgorithm = "hmac-sha256"
+    """The key's algorithm: `hmac-sha256`, `hmac-sha384` or `hmac-sha512`."""
+    ttl_s: int = 30
+    """Seconds for which others may remember the new addresses. Keep old ones longer than that."""
+
+    def __post_init__(self) -> None:
+        try:
+            ipaddress.ip_address(self.address)
+            parsed = 0 < self.port < 65536
+        except ValueError:
+            parsed = False
+        if not parsed:
+            raise ValueError(f"`server`: {self.server!r} is no IP address, with or without a port")
+
+    @property
+    def address(self) -> str:
+        """The server's IP address."""
+        return self._parts()[0]
+
+    @property
+    def port(self) -> int:
+        """The server's UDP port."""
+        return int(self._parts()[1])
+
+    def _parts(self) -> tuple[str, str]:
+        if self.server.startswith("["):
+            address, _, port = self.server[1:].partition("]")
+            return address, port.removeprefix(":") or "53"
+        if self.server.count(":") == 1:
+            address, _, port = self.server.partition(":")
+            return address, port
+        return self.server, "53"
 
 
 class NvaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,6 +106,8 @@ class NvaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     `owner:NAME`. Use one of its own. Left out, no owner can register a VM."""
     lease_s: float = 3.0
     """Seconds for which an NVE counts as alive after its connection is lost."""
+    dns: Dns | None = None
+    """Where names of VMs are updated whose addresses a move has changed. Left out, nowhere."""
 
     def __post_init__(self) -> None:
         if not all(url.startswith(("http://", "https://")) for url in self.etcd or ()):

@@ -47,5 +47,7 @@ def test_reverse_arp_carries_the_mac_twice_and_no_address() -> None:
 
 
 def test_only_addresses_that_exist_are_announced() -> None:
-    assert len(announcements(MAC, None, None)) == 1
-    assert len(announcements(MAC, "10.0.0.5", "fd00::5")) == 3
+    assert len(announcements(MAC, ())) == 1
+    assert len(announcements(MAC, ("10.0.0.5", "fd00::5"))) == 3
+    both = ("10.0.0.5", "10.0.0.6")
+    assert announcements(MAC, both)[1:] == [gratuitous_arp(MAC, each) for each in both]

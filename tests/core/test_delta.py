@@ -372,6 +372,14 @@ def test_each_tenant_goes_out_by_his_own_gateway_where_he_is_and_where_he_comes(
     }
 
 
+def test_an_address_of_before_goes_out_by_the_same_gateway_as_the_new_one() -> None:
+    """6-14: also while a move that changes the address keeps both (ADR 0028)."""
+    both = msgspec.structs.replace(tsi(MACS[0], "activated"), beside=("10.0.0.77", "fd00::77"))
+    state = render(intent([both], [], [], GATEWAYS, (FAR, OTHER)))
+    own = {(e.source, e.via) for e in state.ways_out if "/" not in e.source}
+    assert own == {("10.0.0.1", "10.0.0.9"), ("10.0.0.77", "10.0.0.9")}
+
+
 def test_who_has_lost_his_gateway_goes_out_by_another_and_not_by_none() -> None:
     """Until the NVA has given him one."""
     state = render(intent([tsi(MACS[0], "activated")], [], [], GATEWAYS, (OTHER,)))

@@ -254,7 +254,7 @@ def test_a_vm_that_is_off_has_no_correspondents(state: VmState) -> None:
 
 @pytest.mark.req("R-25")
 def test_who_is_registered_may_lose_peers_but_not_its_own_address() -> None:
-    """R-25: its applications handle that; no move gives it another address."""
+    """R-25: its applications handle that; an ordinary move gives it no other address."""
     now = cluster()
     says(now, outside=(FAR,))
     without_underlay(now, "h3")
@@ -541,9 +541,9 @@ async def test_a_cold_move_is_taken_to_last_as_long_as_the_longest_before() -> N
     authority = await domain()
     await authority.vm_state("web", "running")
     await authority.declare("web", "operator", latency="interactive")
-    assert [e.code for e in authority.move_blockers("web", "h2", cold=True)] == ["latency_class"]
+    assert [e.code for e in authority.cold_blockers("web", "h2", Options())] == ["latency_class"]
     await authority.vm_state("web", "shutdown")
-    assert authority.move_blockers("web", "h2", cold=True) == ()
+    assert authority.cold_blockers("web", "h2", Options()) == ()
     await authority.vm_state("web", "running")
     await authority.declare("web", "operator", latency="any")
     record = await authority.begin_move("m1", "web", "h2", Options(), cold=True)
@@ -556,9 +556,9 @@ async def test_a_cold_move_is_taken_to_last_as_long_as_the_longest_before() -> N
     await authority.journal(ended)
     await authority.declare("web", "operator", latency="interactive")
     assert authority.eligibility("web")["outage_ms"] == {"cold": 714.0}
-    assert authority.move_blockers("web", "h2", cold=True) == ()
+    assert authority.cold_blockers("web", "h2", Options()) == ()
     await authority.declare("web", "operator", latency="realtime")
-    assert [e.code for e in authority.move_blockers("web", "h2", cold=True)] == ["latency_class"]
+    assert [e.code for e in authority.cold_blockers("web", "h2", Options())] == ["latency_class"]
 
 
 @pytest.mark.req("R-23")

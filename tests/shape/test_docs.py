@@ -25,6 +25,7 @@ from overland.model.handover import (
     Packets,
     PhaseAt,
 )
+from overland.model.readdress import AddressChange, Readdress
 from overland.model.receipt import receipt
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +84,10 @@ def _record() -> Handover:
         old_nve="h1",
         new_nve="h2",
         ports=(port,),
+        readdress=Readdress(
+            changes=(AddressChange(network="blue", old=("10.42.0.50",), new=("10.42.0.60",)),),
+            keep_s=30.0,
+        ),
         grounds=Grounds(basis="covered", origin="NVA: l2 network blue", at_ns=1),
         forecast=forecast(Gauge(memory_bytes=1 << 27, dirty_bytes_per_s=0.0), Options()),
         version=2,

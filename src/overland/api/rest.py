@@ -30,7 +30,7 @@ from overland.model.cluster import (
 )
 from overland.model.eligibility import LatencyClass, Signed
 from overland.model.forecast import Forecast
-from overland.model.handover import DiskChoice, Handover, Options
+from overland.model.handover import Handover, Options
 from overland.model.receipt import receipt, timestamp
 from overland.nva import storage
 from overland.nva.authority import Authority, Blocked
@@ -75,9 +75,7 @@ class Service(Protocol):
 
     async def remove_interface(self, name: str, which: str) -> Vm: ...
 
-    async def cold_blockers(
-        self, name: str, to: str, choice: DiskChoice = "declared"
-    ) -> tuple[Refused, ...]: ...
+    async def cold_blockers(self, name: str, to: str, options: Options) -> tuple[Refused, ...]: ...
 
     async def forecast(
         self, name: str, to: str, options: Options
@@ -123,9 +121,12 @@ class PolicyWish(Record, frozen=True, kw_only=True):
 
 
 class InterfaceWish(Record, frozen=True, kw_only=True):
-    """Body of POST /v1/vms/NAME/interfaces, and a part of VmWish. What is left out is chosen."""
+    """Body of POST /v1/vms/NAME/interfaces, and a part of VmWish. What is left out is chosen.
 
-    network: str = ""
+    As it is wished, or as a dry run has answered: what else that says is left.
+    """
+
+    network: str | None = None
     mac: str | None = None
     ipv4: str | None = None
     ipv6: str | None = None
@@ -133,7 +134,7 @@ class InterfaceWish(Record, frozen=True, kw_only=True):
     def as_wished(self) -> Interface:
         """The interface as far as it is wished."""
         mac = self.mac or ""
-        return Interface(network=self.network, mac=mac, ipv4=self.ipv4, ipv6=self.ipv6)
+        return Interface(network=self.network or "", mac=mac, ipv4=self.ipv4, ipv6=self.ipv6)
 
 
 class VmWish(Record, frozen=True, kw_only=True):
@@ -481,10 +482,10 @@ async def _migrate(service: Service, name: str, wish: MigrateWish) -> JSONRespon
         return _json({"id": await service.migrate(name, wish.to, options, cold=cold)}, 202)
     forecast: Forecast | None = None
     if cold:
-        blockers = await service.cold_blockers(name, wish.to, wish.options.storage)
+        blockers = await service.cold_blockers(name, wish.to, options)
     else:
         forecast, blockers = await service.forecast(name, wish.to, options)
-    flags = () if blockers else service.authority.flags(name, wish.to)
+    flags = () if blockers else service.authority.flags(name, wish.to, options)
     return _json(
         {"vm": name, "to": wish.to, "blockers": blockers, "flags": flags, "forecast": forecast}
     )

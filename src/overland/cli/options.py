@@ -36,14 +36,16 @@ def disk_spec(text: str, option: str) -> dict[str, Any]:
     return found
 
 
-def spec(text: str) -> dict[str, str]:
-    """`NAME,ipv4=A,ipv6=B,mac=M` as a dictionary with `network`."""
+def spec(
+    text: str, option: str = "--network", keys: tuple[str, ...] = ("ipv4", "ipv6", "mac")
+) -> dict[str, str]:
+    """`NAME,ipv4=A,ipv6=B,mac=M` as a dictionary with `network` and what is given of `keys`."""
     network, *rest = text.split(",")
     found = {"network": network}
     for part in rest:
         key, separator, value = part.partition("=")
-        if not separator or key not in ("ipv4", "ipv6", "mac"):
-            why = f"{part!r}: write NAME,ipv4=A,ipv6=A,mac=M"
-            raise Failure("--network", why, "usage", exit_code=Exit.USAGE)
+        if not separator or key not in keys:
+            why = f"{part!r}: write {','.join(('NAME', *(f'{each}=A' for each in keys)))}"
+            raise Failure(option, why, "usage", exit_code=Exit.USAGE)
         found[key] = value
     return found

@@ -18,6 +18,7 @@ from overland.cli.eligibility import eligibility
 from overland.cli.options import Api, Output, disk_spec, spec
 from overland.cli.output import Exit, Failure, Format, done, show
 from overland.cli.timeline import timeline
+from overland.model.handover import KEEP_OLD_S
 from overland.model.names import parse_duration, parse_size
 
 vm = typer.Typer(no_args_is_help=True, help="Virtual machines.")
@@ -263,6 +264,16 @@ def migrate(
     leave_storage: Annotated[
         bool, typer.Option("--leave-storage", help="all disks stay, reached over the network")
     ] = False,
+    change_address: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NETWORK[,ipv4=A][,ipv6=A]: other addresses for its interface there; its owner "
+            "must have registered that its applications handle that"
+        ),
+    ] = None,
+    keep_old: Annotated[
+        str, typer.Option(help="for how long after the move changed addresses stay valid")
+    ] = f"{KEEP_OLD_S:g}s",
     verify: Annotated[
         bool, typer.Option(help="compare digests of memory and moved disks at equality")
     ] = False,
@@ -295,6 +306,10 @@ def migrate(
             "checkpoints": checkpoints if warm else 0,
             "interval_s": amount(interval, "--interval", parse_duration),
             "storage": choice,
+            "addresses": [
+                spec(each, "--change-address", ("ipv4", "ipv6")) for each in change_address or ()
+            ],
+            "keep_old_s": amount(keep_old, "--keep-old", parse_duration),
         },
     }
     _moved(client, client.call("POST", f"/v1/vms/{name}/migrate", wish), wish, wait, output)

@@ -21,7 +21,7 @@ import uvloop
 
 from overland.api.rest import GatewayWish, create_app
 from overland.api.standby import standing_by
-from overland.config import NvaConfig
+from overland.config import Dns, NvaConfig
 from overland.daemon import run_first
 from overland.dataplane.namespace import inside
 from overland.mobility import saga
@@ -55,12 +55,14 @@ from overland.model.eligibility import Signed
 from overland.model.forecast import Forecast
 from overland.model.handover import ENDED, DiskChoice, Handover, Options
 from overland.model.nve import TsiIntent
+from overland.model.readdress import Readdress
 from overland.model.receipt import receipt, timestamp
 from overland.model.ticket import ticket_of
 from overland.nva import rules, storage
 from overland.nva.authority import Authority, Blocked
 from overland.nva.cluster import AT_REST
 from overland.nva.eligibility import longest_outage_ms
+from overland.nva.former import FormerAddresses
 from overland.nva.handovers import (
     RETRY_S,
     Handovers,
@@ -81,6 +83,7 @@ from overland.nva.pushes import Pushes, Update, Whole
 from overland.ports import Conflict, PortFailure, StoreFailure
 from overland.store.etcd import EtcdStore
 from overland.store.sqlite import SqliteStore
+from overland.wire import dns as names
 from overland.wire import messages as w
 from overland.wire import tls
 from overland.wire.seal import Forged, Sealer, stated
@@ -133,6 +136,8 @@ class Domain:
         self._serving: dict[str, w.Serve] = {}
         self._served: set[str] = set()
         self._plugging = Plugging(self.authority, self)
+        self._former = FormerAddresses(self.authority.give_up)
+        self._naming = asyncio.Lock()
         self._pushes = Pushes(time.time_ns())
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Any]] = {}
@@ -182,6 +187,10 @@ class Domain:
             raise PortFailure(f"cannot listen on {at}: {error.strerror}") from None
         asyncio.get_running_loop().call_later(config.lease_s, self._first_lease_ended)
         await self.handovers.recover()
+        for vm in self.authority.cluster.vms.values():
+            self._former.look(vm)
+        for record in self.authority.left_addresses():
+            self._name_follows(record.id)
         self._began = True
 
     async def _lead(self) -> str:
@@ -212,6 +221,7 @@ class Domain:
     async def _end(self) -> None:
         self._wire.close()
         self._liveness.close()
+        self._former.close()
         for timer in self._leases.values():
             timer.cancel()
         if self._leadership is not None:
@@ -504,7 +514,7 @@ class Domain:
             face = tsi.interface
             if face.network == query.network and (
                 query.mac == face.mac
-                or (query.address is not None and query.address in (face.ipv4, face.ipv6))
+                or (query.address is not None and query.address in tsi.addresses)
             ):
                 found = Mapping(
                     network=face.network,
@@ -512,6 +522,7 @@ class Domain:
                     mac=face.mac,
                     ipv4=face.ipv4,
                     ipv6=face.ipv6,
+                    beside=tsi.beside,
                     nve=tsi.host,
                     version=tsi.version,
                 )
@@ -873,11 +884,9 @@ class Domain:
 
     # ------------------------------------------------------------ moves
 
-    async def cold_blockers(
-        self, name: str, to: str, choice: DiskChoice = "declared"
-    ) -> tuple[Refused, ...]:
+    async def cold_blockers(self, name: str, to: str, options: Options) -> tuple[Refused, ...]:
         """What stands against moving a VM cold; its files are looked for on the new host."""
-        found = self.authority.move_blockers(name, to, cold=True)
+        found = self.authority.cold_blockers(name, to, options)
         vm = self.authority.cluster.vms.get(name)
         if found or vm is None:
             return found
@@ -885,7 +894,7 @@ class Domain:
         missing = await self._asks(to, w.FilesQuestion(id=next(self._numbers), paths=paths))
         if missing is None:
             return (_refused("host_not_ready", f"host {to}", "its NVE does not answer"),)
-        _, against = await self._with_disks(vm, to, choice)
+        _, against = await self._with_disks(vm, to, options.storage)
         return (
             *(
                 _refused("file_missing", f"host {to}", f"{path} cannot be read there")
@@ -928,7 +937,7 @@ class Domain:
         blockers: tuple[Refused, ...] = ()
         options = self._as_borne(name, options)
         if cold:
-            blockers = await self.cold_blockers(name, to, options.storage)
+            blockers = await self.cold_blockers(name, to, options)
         elif self._emulated(name):
             blockers = await self.live_blockers(name, to, options)
         else:
@@ -1110,6 +1119,32 @@ class Domain:
                 self._tell(nve, order)
             # What its NVE said of it when it came back in mid-move was not listened to.
             self._look_at(record.vm.name)
+            if vm is not None:
+                self._former.look(vm)
+            self._name_follows(record.id)
+
+    def _name_follows(self, move_id: str) -> None:
+        """After a move that has changed addresses: nobody waits for that (R-27).
+
+        Also after a restart, as long as the old ones are kept: it may not have been done.
+        """
+        config, record = self._config.dns, self.authority.ended_moves[move_id]
+        changed = record.readdress if record.outcome == "moved" else None
+        if config is not None and changed is not None and not changed.dns:
+            self._later(self._update_name(config, record.vm.name, move_id, changed))
+
+    async def _update_name(self, config: Dns, vm: str, move_id: str, changed: Readdress) -> None:
+        """One after the other, so that the last move has the last word."""
+        async with self._naming:
+            try:
+                said = await names.follow(config, vm, changed.changes)
+            except names.NameFailure as failure:
+                said = f"not updated: {failure}"
+                log.warning("vm %s: %s", vm, said)
+            try:
+                await self.authority.note_name(move_id, said)
+            except StoreFailure as failure:
+                log.warning("vm %s: %s; not written: %s", vm, said, failure)
 
     async def follow(self, move_id: str) -> AsyncIterator[dict[str, Any]]:
         """Every state of a move until it has ended."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections.abc import Iterable
 
 from overland.dataplane.hold import Injector
 from overland.dataplane.tap import vnet_header_bytes
@@ -71,13 +72,12 @@ def unsolicited_advertisement(mac: str, ipv6: str) -> bytes:
     return _frame(ALL_NODES_MAC, _bytes(mac), IPV6, head + sender + ALL_NODES.packed + body)
 
 
-def announcements(mac: str, ipv4: str | None, ipv6: str | None) -> list[bytes]:
+def announcements(mac: str, addresses: Iterable[str]) -> list[bytes]:
     """Every frame to send for one moved interface."""
     frames = [reverse_arp(mac)]
-    if ipv4:
-        frames.append(gratuitous_arp(mac, ipv4))
-    if ipv6:
-        frames.append(unsolicited_advertisement(mac, ipv6))
+    for address in addresses:
+        frame = unsolicited_advertisement if ":" in address else gratuitous_arp
+        frames.append(frame(mac, address))
     return frames
 
 
@@ -88,7 +88,7 @@ def announce(port: MovingPort, vn: Injector, tap: int) -> None:
     the bridge keeps gratuitous ARP from it. To the tenants here as if the VM had spoken, by its
     `tap`: so it does not hear of itself.
     """
-    frames = announcements(port.mac, port.ipv4, port.ipv6)
+    frames = announcements(port.mac, filter(None, (port.ipv4, port.ipv6, *port.beside)))
     for frame in frames:
         vn.send(frame)
     try:

@@ -81,6 +81,17 @@ class Host(Record, frozen=True, kw_only=True):
     drained: bool = False
 
 
+class Former(Record, frozen=True, kw_only=True):
+    """An address that was an interface's own until move `move`, and is still valid (ADR 0028).
+
+    Until `until_ns` (CLOCK_REALTIME at the NVA), and in any case while its VM moves.
+    """
+
+    address: str
+    until_ns: int
+    move: str
+
+
 class Interface(Record, frozen=True, kw_only=True):
     """One tenant system interface (TSI) as its owner sees it.
 
@@ -95,6 +106,7 @@ class Interface(Record, frozen=True, kw_only=True):
     ipv6: str | None = None
     slot: int | None = None
     change: Literal["adding", "removing"] | None = None
+    former: tuple[Former, ...] = ()
 
 
 class Boot(Record, frozen=True, kw_only=True):
@@ -323,13 +335,17 @@ class Policy(Record, frozen=True, kw_only=True):
 
 
 class Mapping(Record, frozen=True, kw_only=True):
-    """(VN, tenant address) to NVE (N-01). `nve` is a host name; its addresses are in `Host`."""
+    """(VN, tenant address) to NVE (N-01). `nve` is a host name; its addresses are in `Host`.
+
+    `beside`: addresses that are as valid as `ipv4` and `ipv6`, while a change of address is made.
+    """
 
     network: str
     owner: str
     mac: str
     ipv4: str | None = None
     ipv6: str | None = None
+    beside: tuple[str, ...] = ()
     nve: str
     version: int
 

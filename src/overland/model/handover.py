@@ -13,6 +13,7 @@ import msgspec
 from overland.model.cluster import Family, Record, Vm, VmState
 from overland.model.eligibility import Grounds
 from overland.model.forecast import Forecast
+from overland.model.readdress import NewAddresses, Readdress
 
 Phase = Literal[
     "planned",
@@ -145,7 +146,7 @@ class MovingPort(Record, frozen=True, kw_only=True):
     `port` is the tap's name, the same on both hosts; `device` the VN's VXLAN device. Addresses
     `old` and `new` are underlay addresses. `tunnel` is the handover tunnel's identifier. `routed`:
     the VN is no broadcast domain, so there is nobody to announce the interface to. `ila`: packets
-    to `ipv6` are translated, in the tunnel as well.
+    to `ipv6` are translated, in the tunnel as well. `beside`: addresses as valid as the two.
     """
 
     network: str
@@ -155,6 +156,7 @@ class MovingPort(Record, frozen=True, kw_only=True):
     mac: str
     ipv4: str | None = None
     ipv6: str | None = None
+    beside: tuple[str, ...] = ()
     underlay: Family
     mtu: int
     old: str
@@ -168,10 +170,16 @@ DiskChoice = Literal["declared", "shared", "moved", "left"]
 """What a move does with the VM's disks: as each is declared, or all of them the same."""
 
 
+KEEP_OLD_S = 30.0
+"""How long a VM's former addresses stay valid after a move that has changed them."""
+
+
 class Options(Record, frozen=True, kw_only=True):
     """What the operator may set for one move.
 
     `checkpoints` of a warm move are taken, one every `interval_s`, before it goes on as hot (R-11).
+    `addresses` are given to the VM in place of those that it has, which stay valid for
+    `keep_old_s` after the move; no move does so unless this says it (ADR 0028).
     """
 
     max_downtime_ms: float = 300.0
@@ -183,6 +191,8 @@ class Options(Record, frozen=True, kw_only=True):
     storage: DiskChoice = "declared"
     checkpoints: int = 0
     interval_s: float = 1.0
+    addresses: tuple[NewAddresses, ...] = ()
+    keep_old_s: float = KEEP_OLD_S
 
     @property
     def warm(self) -> bool:
@@ -324,8 +334,9 @@ class Handover(Record, frozen=True, kw_only=True):
     host. `forecast`: what was expected before. `grounds`: why it could begin, and who knew that.
     `restored`: an abort has the VM back at the old host. `lost`: the old host is dead, or fenced by
     hand, so nobody restores anything. `closing`: everybody was told to clean up; `unclosed`: who
-    was given up before he said that he has. `deadline_s` is compared with Tick. `uri` takes the
-    memory, `keep_uri` the checkpoints of a warm move.
+    was given up before he said that he has. `readdress`: what it changes of the VM's addresses;
+    None of nearly all moves. `deadline_s` is compared with Tick. `uri` takes the memory, `keep_uri`
+    the checkpoints of a warm move.
     """
 
     id: str
@@ -338,6 +349,7 @@ class Handover(Record, frozen=True, kw_only=True):
     options: Options = Options()
     forecast: Forecast | None = None
     grounds: Grounds | None = None
+    readdress: Readdress | None = None
     phase: Phase = "planned"
     phases: tuple[PhaseAt, ...] = ()
     version: int

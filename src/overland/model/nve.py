@@ -23,7 +23,7 @@ class TsiIntent(Record, frozen=True, kw_only=True):
     `index` counts the interfaces of one owner. `namespace` is set for an endpoint only.
     `in_transit`: what is sent to it here is dropped and counted (R-33). `leg` is set for a gateway
     only. `ways_out` are the addresses in the VN of the gateways by which this tenant goes out, one
-    of each family at most.
+    of each family at most. `beside`: addresses as valid as the two (ADR 0028).
     """
 
     owner: str
@@ -32,6 +32,7 @@ class TsiIntent(Record, frozen=True, kw_only=True):
     mac: str
     ipv4: str | None = None
     ipv6: str | None = None
+    beside: tuple[str, ...] = ()
     state: Literal["associated", "activated"]
     namespace: str | None = None
     in_transit: bool = False
@@ -43,11 +44,13 @@ class RemoteIntent(Record, frozen=True, kw_only=True):
     """A tenant address behind another NVE; `nve` is that NVE's underlay address.
 
     `outside`: the families in which it is a gateway, a way to everything that is not in the VN.
+    `beside`: addresses as valid as the two (ADR 0028).
     """
 
     mac: str
     ipv4: str | None = None
     ipv6: str | None = None
+    beside: tuple[str, ...] = ()
     nve: str
     version: int
     in_transit: bool = False

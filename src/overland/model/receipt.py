@@ -57,6 +57,7 @@ def receipt(record: Handover) -> dict[str, Any]:
             "digest": record.digest_new.partition(" ")[0] or None,
         },
         "eligibility": _eligibility(record),
+        "addresses": _addresses(record),
         "checkpoints": _checkpoints(record),
         "forecast": _forecast(record),
         "storage": {
@@ -96,6 +97,24 @@ def _eligibility(record: Handover) -> dict[str, Any] | None:
         "origin": grounds.origin,
         "at": timestamp(grounds.at_ns),
         "flags": list(grounds.flags),
+    }
+
+
+def _addresses(record: Handover) -> dict[str, Any] | None:
+    """Which addresses the move changes, and when the old ones ended; None where all stay."""
+    readdress = record.readdress
+    if readdress is None:
+        return None
+    return {
+        "changes": [
+            {"network": each.network, "old": list(each.old), "new": list(each.new)}
+            for each in readdress.changes
+        ],
+        "keep_ms": round(readdress.keep_s * 1000, 3),
+        "old_until": timestamp(readdress.until_ns) if readdress.until_ns else None,
+        "old_ended": timestamp(readdress.ended_ns) if readdress.ended_ns else None,
+        "old_ended_because": readdress.ended_because or None,
+        "dns": readdress.dns or None,
     }
 
 

@@ -16,8 +16,8 @@ VALID_S = 24 * 3600
 class Ticket(Record, frozen=True, kw_only=True):
     """That VM `vm` goes from `old_nve` to `new_nve` in move `move`, once, from `base_version` on.
 
-    `addresses`: MAC, IPv4 and IPv6 of each interface with its network. `expires_ns` is
-    CLOCK_REALTIME.
+    `addresses`: MAC, IPv4, IPv6 and what is valid beside them, of each interface with its network.
+    `expires_ns` is CLOCK_REALTIME.
     """
 
     move: str
@@ -75,4 +75,6 @@ def ticket_refusal(
 
 
 def _addresses(ports: tuple[MovingPort, ...]) -> tuple[str, ...]:
-    return tuple(f"{p.network} {p.mac} {p.ipv4 or '-'} {p.ipv6 or '-'}" for p in ports)
+    return tuple(
+        " ".join((p.network, p.mac, p.ipv4 or "-", p.ipv6 or "-", *p.beside)) for p in ports
+    )

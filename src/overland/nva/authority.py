@@ -41,6 +41,15 @@ from overland.model.eligibility import (
 from overland.model.forecast import Forecast
 from overland.model.handover import ENDED, Handover, MovingPort, Options, PhaseAt, is_up
 from overland.model.names import ila_name, port_name, vxlan_name
+from overland.model.readdress import (
+    Readdress,
+    beside,
+    former_of,
+    keeping,
+    readdressed,
+    settled,
+    without_former,
+)
 from overland.nva import eligibility, interfaces, rules, storage, ways_out
 from overland.nva.cluster import Cluster
 from overland.nva.gateways import (
@@ -53,6 +62,7 @@ from overland.nva.gateways import (
 from overland.nva.mapping import underlay_address
 from overland.nva.placement import Placement, drain_plan
 from overland.nva.policy import allow_blockers, known_blockers, pair
+from overland.nva.readdress import planned, readdress_blockers
 from overland.ports import Conflict, Delete, Expect, Ledger, Put, StoreFailure
 
 Kept = Network | Host | Vm | Endpoint | Gateway | WaysOut | Policy | Eligibility | Handover
@@ -66,6 +76,36 @@ class Blocked(Exception):
     def __init__(self, refusals: Iterable[Refused]) -> None:
         self.refusals = tuple(refusals)
         super().__init__("; ".join(f"{each.what}: {each.why}" for each in self.refusals))
+
+
+IN_USE_AGAIN = "it is in use again"
+
+
+def _moves(records: dict[str, Handover]) -> dict[str, Kept]:
+    """As they are written."""
+    return {f"move/{name}": record for name, record in records.items()}
+
+
+def _readdress(record: Handover, **what: Any) -> Handover:
+    """The record of a move that changes addresses, with more that is known of that."""
+    assert record.readdress is not None
+    readdress = msgspec.structs.replace(record.readdress, **what)
+    return msgspec.structs.replace(record, readdress=readdress)
+
+
+def _ended(record: Handover) -> Handover:
+    """The record of an ended move: from now on the time runs for which old addresses are kept."""
+    if record.readdress is None or record.outcome != "moved":
+        return record
+    return _readdress(record, until_ns=time.time_ns() + round(record.readdress.keep_s * 10**9))
+
+
+def _after_move(record: Handover, vm: Vm) -> Vm:
+    """The VM once its move has ended: free again, in its state, with its addresses (ADR 0028)."""
+    vm = msgspec.structs.replace(vm, move=None, state=_state_after(record, vm))
+    if record.readdress is None or record.outcome != "moved":
+        return vm
+    return keeping(vm, record.readdress, record.id)
 
 
 def _stop_if(refusals: Iterable[Refused]) -> None:
@@ -91,9 +131,9 @@ def _committed(record: Handover, vm: Vm) -> Vm:
     vm = msgspec.structs.replace(
         vm, version=record.version, host=record.new_nve, state=state, disks=disks
     )
-    if record.phase in ENDED:  # at rest: with the commit all is done
-        vm = msgspec.structs.replace(vm, move=None, state=_state_after(record, vm))
-    return vm
+    if record.readdress is not None:
+        vm = readdressed(vm, record.readdress)
+    return _after_move(record, vm) if record.phase in ENDED else vm
 
 
 def _networks(vm: Vm) -> frozenset[str]:
@@ -381,8 +421,10 @@ class Authority:
                 known = _forgotten(known, "NVA: the VM was deleted", time.time_ns())
                 puts[f"eligibility/{name}"] = known
             ways = ways_out.without(self.cluster, name)
-            await self._write_ways(ways, puts, (f"vm/{name}",))
+            given_up = self._given_up(vm, None, "the VM was deleted")
+            await self._write_ways(ways, puts | _moves(given_up), (f"vm/{name}",))
             del self.cluster.vms[name]
+            self.ended_moves |= given_up
             if known is not None:
                 self.cluster.eligibilities[name] = known
         self._news(_networks(vm))
@@ -399,12 +441,10 @@ class Authority:
             wish = rules.written(msgspec.structs.replace(before, **changes))
             point = self.recovery_point(name)
             _stop_if(rules.address_blockers(self.cluster, name, wish, point))
-            after = tuple(wish if each == before else each for each in vm.interfaces)
-            vm = msgspec.structs.replace(vm, interfaces=after, version=vm.version + 1)
-            await self._write({f"vm/{name}": vm})
-            self.cluster.vms[name] = vm
-        self._news(_networks(vm))  # of all of them, for its version governs all its addresses
-        return vm
+            face = settled(wish)
+            now = tuple(face if each == before else each for each in vm.interfaces)
+            after = msgspec.structs.replace(vm, interfaces=now, version=vm.version + 1)
+            return await self._with_interfaces(vm, after, IN_USE_AGAIN)
 
     async def add_interface(self, name: str, wish: Interface) -> Vm:
         """Give VM `name` one more interface; Blocked with every reason.
@@ -447,11 +487,59 @@ class Authority:
             if vm is not None and left is not None:
                 await self._with_interfaces(vm, left)
 
-    async def _with_interfaces(self, before: Vm, vm: Vm) -> Vm:
-        await self._write({f"vm/{vm.name}": vm})
+    async def _with_interfaces(
+        self, before: Vm, vm: Vm, because: str = "its interface was removed"
+    ) -> Vm:
+        given_up = self._given_up(before, vm, because)
+        await self._write({f"vm/{vm.name}": vm} | _moves(given_up))
         self.cluster.vms[vm.name] = vm
+        self.ended_moves |= given_up
         self._news(_networks(before) | _networks(vm))
         return vm
+
+    # ------------------------------------------------------------ addresses of a former move
+
+    async def give_up(self, move_id: str) -> bool:
+        """The time is over for which a VM keeps the addresses that move `move_id` has changed.
+
+        From now on they are nobody's. False: not yet, for the VM moves, and its addresses with it.
+        The version stays: it orders places, and the VM is where it was.
+        """
+        async with self._lock:
+            record = self.ended_moves.get(move_id)
+            vm = self.cluster.vms.get(record.vm.name) if record is not None else None
+            if vm is None or move_id not in former_of(vm):
+                return True
+            if vm.move is not None:
+                return False
+            after = without_former(vm, move_id)
+            given_up = self._given_up(vm, after, "its time was over")
+            await self._write({f"vm/{vm.name}": after} | _moves(given_up))
+            self.cluster.vms[vm.name] = after
+            self.ended_moves |= given_up
+        self._news(frozenset(each.network for each in vm.interfaces))
+        return True
+
+    def _given_up(self, before: Vm, after: Vm | None, because: str) -> dict[str, Handover]:
+        """The records of the moves whose old addresses are the VM's before, and not after."""
+        return {
+            each: _readdress(self.ended_moves[each], ended_ns=time.time_ns(), ended_because=because)
+            for each in former_of(before) - former_of(after)
+            if each in self.ended_moves
+        }
+
+    def left_addresses(self) -> list[Handover]:
+        """The ended moves whose old addresses a VM has still, in the order in which they began."""
+        every = (former_of(vm) for vm in self.cluster.vms.values())
+        moves = [self.ended_moves[move] for move in frozenset().union(*every)]
+        return sorted(moves, key=lambda record: record.phases[0].at_ns)
+
+    async def note_name(self, move_id: str, said: str) -> None:
+        """What became of the name of a VM whose addresses the ended move `move_id` has changed."""
+        async with self._lock:
+            record = _readdress(self.ended_moves[move_id], dns=said)
+            await self._write({f"move/{move_id}": record})
+            self.ended_moves[move_id] = record
 
     async def vm_state(self, name: str, state: str, reason: str | None = None) -> None:
         """Record what the NVE saw of a VM."""
@@ -567,13 +655,14 @@ class Authority:
         """All that is known of whether VM `name` may be moved; Blocked when there is none."""
         return eligibility.shown(self.cluster, self._vm(name), self.ended_moves.values())
 
-    def flags(self, name: str, to: str) -> tuple[str, ...]:
+    def flags(self, name: str, to: str, options: Options) -> tuple[str, ...]:
         """What a move of VM `name` to `to` would not cover, and would be carried out for all that.
 
         Of a move that nothing stands against.
         """
-        grounds = eligibility.grounds(self.cluster, self._vm(name), to, time.time_ns())
-        return grounds.flags
+        vm = self._vm(name)
+        readdress = planned(vm, options)
+        return eligibility.grounds(self.cluster, vm, to, readdress, time.time_ns()).flags
 
     def latency_blockers(
         self, name: str, mode: str, forecast: Forecast | None
@@ -590,19 +679,21 @@ class Authority:
 
     # ------------------------------------------------------------ moves
 
-    def move_blockers(self, name: str, to: str, *, cold: bool = False) -> tuple[Refused, ...]:
-        """Everything that stands against moving `name` to `to` now."""
-        blockers = rules.cold_blockers if cold else rules.move_blockers
-        found = tuple(blockers(self.cluster, name, to))
-        if cold and name in self.cluster.vms:
+    def cold_blockers(self, name: str, to: str, options: Options) -> tuple[Refused, ...]:
+        """Everything that stands against moving `name` cold to `to` now."""
+        found = tuple(rules.cold_blockers(self.cluster, name, to))
+        if name in self.cluster.vms:
             found += self.latency_blockers(name, "cold", None)
-        return found
+        return (*found, *readdress_blockers(self.cluster, name, options))
 
     def live_blockers(self, name: str, to: str, options: Options) -> tuple[Refused, ...]:
         """Everything that stands against moving a running VM, hot or, with checkpoints, warm."""
-        if options.warm:
-            return tuple(rules.warm_blockers(self.cluster, name, to, options))
-        return self.move_blockers(name, to)
+        found = (
+            rules.warm_blockers(self.cluster, name, to, options)
+            if options.warm
+            else rules.move_blockers(self.cluster, name, to)
+        )
+        return (*found, *readdress_blockers(self.cluster, name, options))
 
     def recovery_point(self, name: str) -> Handover | None:
         """The ended move that has left a state of VM `name` with its `keeper`, but not the VM."""
@@ -698,19 +789,18 @@ class Authority:
         `disks` are the VM's, each of the kind that counts for this move.
         """
         async with self._lock:
-            _stop_if(
-                self.move_blockers(name, to, cold=True)
-                if cold
-                else self.live_blockers(name, to, options)
-            )
+            blockers = self.cold_blockers if cold else self.live_blockers
+            _stop_if(blockers(name, to, options))
             vm = self._vm(name)
             if not cold:
                 _stop_if(self.latency_blockers(name, options.mode, forecast))
+            record = self._planned(move_id, msgspec.structs.replace(vm, disks=disks), to, options)
+            now_ns = time.time_ns()
             record = msgspec.structs.replace(
-                self._planned(move_id, msgspec.structs.replace(vm, disks=disks), to, options),
+                record,
                 mode=options.mode,
                 forecast=forecast,
-                grounds=eligibility.grounds(self.cluster, vm, to, time.time_ns()),
+                grounds=eligibility.grounds(self.cluster, vm, to, record.readdress, now_ns),
             )
             moving = msgspec.structs.replace(vm, move=move_id)
             if cold:
@@ -752,8 +842,9 @@ class Authority:
         return record
 
     def _planned(self, move_id: str, vm: Vm, to: str, options: Options) -> Handover:
+        readdress = planned(vm, options)
         ports = tuple(
-            self._moving_port(vm, slot, interface, to, self._tunnel_number(place))
+            self._moving_port(vm, slot, interface, to, self._tunnel_number(place), readdress)
             for place, (slot, interface) in enumerate(numbered(vm))
         )
         places = set().union(*(self.cluster.places(port.network) for port in ports))
@@ -771,12 +862,19 @@ class Authority:
             ),
             ports=ports,
             options=options,
+            readdress=readdress,
             version=vm.version,
             phases=(PhaseAt(phase="planned", at_ns=time.time_ns()),),
         )
 
     def _moving_port(
-        self, vm: Vm, slot: int, interface: Interface, to: str, tunnel: int
+        self,
+        vm: Vm,
+        slot: int,
+        interface: Interface,
+        to: str,
+        tunnel: int,
+        readdress: Readdress | None,
     ) -> MovingPort:
         network = self.cluster.networks[interface.network]
         old = underlay_address(self.cluster.hosts[vm.host], network)
@@ -791,6 +889,7 @@ class Authority:
             mac=interface.mac,
             ipv4=interface.ipv4,
             ipv6=interface.ipv6,
+            beside=beside(interface, readdress),
             underlay=network.underlay,
             mtu=network.mtu,
             old=old,
@@ -810,11 +909,13 @@ class Authority:
     async def journal(self, record: Handover) -> None:
         """Durable on return. With an ended move the VM is free again."""
         async with self._lock:
-            puts: dict[str, Kept] = {f"move/{record.id}": record}
             vm = self.cluster.vms.get(record.vm.name)
             ended = record.phase in ENDED
+            if ended:
+                record = _ended(record)
+            puts: dict[str, Kept] = {f"move/{record.id}": record}
             if ended and vm is not None and vm.move == record.id:
-                vm = msgspec.structs.replace(vm, move=None, state=_state_after(record, vm))
+                vm = _after_move(record, vm)
                 puts[f"vm/{vm.name}"] = vm
             await self._write(puts)
             self._note_move(record)
@@ -840,10 +941,15 @@ class Authority:
             before = record.version if record.mode == "storage" else record.version - 1
             if vm is None or vm.version != before or vm.move != record.id:
                 raise Conflict(f"vm {record.vm.name} is not at version {before}")
-            vm = _committed(record, vm)
-            await self._write({f"move/{record.id}": record, f"vm/{vm.name}": vm})
-            self.cluster.vms[vm.name] = vm
+            if record.phase in ENDED:  # at rest: with the commit all is done
+                record = _ended(record)
+            after = _committed(record, vm)
+            given_up = self._given_up(vm, after, IN_USE_AGAIN)
+            puts: dict[str, Kept] = {f"move/{record.id}": record, f"vm/{vm.name}": after}
+            await self._write(puts | _moves(given_up))
+            self.cluster.vms[vm.name] = after
             self._note_move(record)
+            self.ended_moves |= given_up
 
     def publish(self, record: Handover) -> None:
         """Tell the subscribers of a committed move's VNs."""

@@ -22,6 +22,7 @@ from overland.model.cluster import (
 )
 from overland.model.eligibility import Eligibility
 from overland.model.handover import Handover, Marking, marking
+from overland.model.readdress import beside
 
 AT_REST: tuple[VmState, ...] = ("shutdown", "suspended", "crashed")
 """States of a VM that does not run and is not about to."""
@@ -61,6 +62,13 @@ class Tsi(Record, frozen=True, kw_only=True):
     state: TsiState = "activated"
     marking: Marking = "none"
     leg: Leg | None = None
+    beside: tuple[str, ...] = ()
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Every IP address that is its own now."""
+        own = (self.interface.ipv4, self.interface.ipv6)
+        return (*(address for address in own if address), *self.beside)
 
 
 @dataclass(slots=True)
@@ -96,6 +104,7 @@ class Cluster:
                     version=vm.version,
                     state=tsi_state(vm, interface),
                     marking=marking(move) if move is not None else "none",
+                    beside=beside(interface, move.readdress if move is not None else None),
                 )
         for endpoint in self.endpoints.values():
             yield Tsi(

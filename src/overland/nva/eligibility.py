@@ -18,6 +18,7 @@ from overland.model.eligibility import (
     Statement,
 )
 from overland.model.handover import Handover, is_up
+from overland.model.readdress import Readdress
 from overland.model.receipt import outage_ms, timestamp
 from overland.nva.cluster import Cluster
 from overland.nva.mapping import underlay_address
@@ -70,10 +71,14 @@ def eligibility_blockers(cluster: Cluster, vm: Vm, to: str) -> Iterator[Refused]
         yield from _outside(cluster, vm)
 
 
-def grounds(cluster: Cluster, vm: Vm, to: str, now_ns: int) -> Grounds:
-    """Why `vm` may be moved to `to`, when nothing of the above stands against it (R-28)."""
+def grounds(cluster: Cluster, vm: Vm, to: str, readdress: Readdress | None, now_ns: int) -> Grounds:
+    """Why `vm` may be moved to `to`, when nothing of the above stands against it (R-28).
+
+    `readdress`: what the move changes of its addresses, which is then not covered.
+    """
     known = record_of(cluster, vm.name)
-    open_ones = tuple(each.why for each in (*_peers(cluster, vm, to), *_outside(cluster, vm)))
+    lost = (*_peers(cluster, vm, to), *_outside(cluster, vm))
+    open_ones = (*_changed(readdress), *(each.why for each in lost))
     if open_ones and known.registration is not None:
         origin, at_ns = known.registration.origin, known.registration.at_ns
         return Grounds(basis="registered", origin=origin, at_ns=at_ns, flags=open_ones)
@@ -81,6 +86,12 @@ def grounds(cluster: Cluster, vm: Vm, to: str, now_ns: int) -> Grounds:
     kept_by = ", ".join(f"{network.kind} network {network.name}" for network in kinds)
     origin = f"NVA: {kept_by or 'it has no addresses'}"
     return Grounds(basis="covered", origin=origin, at_ns=now_ns, flags=open_ones)
+
+
+def _changed(readdress: Readdress | None) -> Iterator[str]:
+    for change in readdress.changes if readdress is not None else ():
+        for old, new in zip(change.old, change.new, strict=True):
+            yield f"its address {old} in network {change.network} becomes {new}"
 
 
 def latency_blockers(

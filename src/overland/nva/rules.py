@@ -32,7 +32,8 @@ from overland.model.names import (
     parse_prefix,
     parse_vni,
 )
-from overland.nva.cluster import AT_REST, Cluster
+from overland.model.receipt import timestamp
+from overland.nva.cluster import AT_REST, Cluster, Tsi
 from overland.nva.eligibility import eligibility_blockers
 from overland.nva.identifiers import identifier_blockers, identifiers, ila_network_blockers
 from overland.nva.mapping import gateways, underlay_address
@@ -181,7 +182,7 @@ def _free(cluster: Cluster, network: Network, subnet: str | None) -> str | None:
         address
         for tsi in cluster.tsis()
         if tsi.interface.network == network.name
-        for address in (tsi.interface.ipv4, tsi.interface.ipv6)
+        for address in tsi.addresses
     }
     if network.kind == "ila":
         known = identifiers(cluster)
@@ -232,15 +233,20 @@ def _address_blockers(
         itself = (tsi.owner, tsi.interface.mac) == (owner, interface.mac)
         if tsi.interface.network != network.name or itself:
             continue
-        for mine, theirs in (
-            (interface.mac, tsi.interface.mac),
-            (interface.ipv4, tsi.interface.ipv4),
-            (interface.ipv6, tsi.interface.ipv6),
-        ):
-            if mine is not None and mine == theirs:
+        theirs = {tsi.interface.mac, *tsi.addresses}
+        for mine in (interface.mac, interface.ipv4, interface.ipv6):
+            if mine in theirs:
                 yield _no(
-                    "address_taken", owner, f"{mine} belongs to {tsi.owner}", "choose another"
+                    "address_taken", owner, f"{mine} belongs to {tsi.owner}", _until(tsi, mine)
                 )
+
+
+def _until(tsi: Tsi, address: str) -> str:
+    """What to do instead; an address that is only kept is free later."""
+    for each in tsi.interface.former:
+        if each.address == address:
+            return f"choose another, or wait: {tsi.owner} keeps it until {timestamp(each.until_ns)}"
+    return "choose another"
 
 
 def _routed_blockers(owner: str, network: Network, interface: Interface) -> Iterator[Refused]:

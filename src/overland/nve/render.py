@@ -177,7 +177,7 @@ def _same_family(one: str, other: str) -> bool:
 
 def _known(vn: VnIntent, tenant: TsiIntent | RemoteIntent) -> Iterator[Fact]:
     """What answers or finds the tenant's addresses: the bridge, or the router in its place."""
-    for address in filter(None, (tenant.ipv4, tenant.ipv6)):
+    for address in filter(None, (tenant.ipv4, tenant.ipv6, *tenant.beside)):
         if vn.gateways:
             router = router_name(vn.vni)
             yield RouterNeighbour(router=router, address=address, mac=tenant.mac)
@@ -201,9 +201,17 @@ def _ways_out(vn: VnIntent) -> Iterator[DefaultRoute | WayOut]:
         for via in vias[:1]:
             yield WayOut(router=router, source=anybody, via=via)
         for tsi, via in product(vn.tsis, vias):
-            source = _address(tsi, family)
-            if source and via in tsi.ways_out:
-                yield WayOut(router=router, source=source, via=via)
+            if via in tsi.ways_out:
+                for source in _sources(tsi, family):
+                    yield WayOut(router=router, source=source, via=via)
+
+
+def _sources(tsi: TsiIntent, family: Family) -> Iterator[str]:
+    """The addresses of `family` from which the tenant may send."""
+    version = 4 if family == "ipv4" else 6
+    for address in filter(None, (tsi.ipv4, tsi.ipv6, *tsi.beside)):
+        if ipaddress.ip_address(address).version == version:
+            yield address
 
 
 def _gateways(vn: VnIntent, family: Family) -> Iterator[str]:
