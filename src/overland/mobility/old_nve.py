@@ -175,6 +175,9 @@ def step(part: Part, event: NveEvent) -> PartStep:  # noqa: C901 - one row per t
             Broken(effect=effect, why=why),
         ):
             return failed(part, effect, why)
+        case "checkpointing" | "resting", Close():
+            # It was given up, and has not heard that all is over; the VM runs all the time.
+            return to(part, "closing", CancelSend(), CleanUp())
         case "arming" | "armed" | "stopped" | "returned", Close():
             return _close(part)
         case _, Reconnected():
