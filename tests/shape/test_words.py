@@ -76,7 +76,7 @@ def test_every_rule_has_one_level_one_number_and_its_reason() -> None:
         r"^- \*\*HO-(\d+)\*\* (.*?)(?=^- \*\*HO-|^## )", text, re.MULTILINE | re.DOTALL
     )
     numbers = [int(number) for number, _ in rules]
-    assert len(set(numbers)) == len(numbers)
+    assert sorted(numbers) == list(range(1, len(numbers) + 1))
     for number, rule in rules:
         assert re.search(r"\*[A-Z(].*\*", rule, re.DOTALL), f"HO-{number} gives no reason"
         assert not re.search(r"\b(should|may optionally|recommended)\b", rule), f"HO-{number}"
