@@ -50,7 +50,7 @@ def test_one_copy_runs_where_the_record_says(lab: Lab, phase: str, fault: Fault)
     """Whatever fails, the VM runs exactly once and its addresses lead to it."""
     receipt = lab.break_a_move(phase, fault)
     assert receipt["outcome"] in ("moved", "aborted")
-    assert lab.felt
+    assert lab.felt or phase != "planned", "later an NVE may have nothing to write"
     assert lab.violations(receipt) == []
 
 
