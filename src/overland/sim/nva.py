@@ -66,6 +66,8 @@ class SimNva:
         """The open move."""
         self.move = ""
         """The last move that was begun."""
+        self.called_dead: set[str] = set()
+        """Hosts whose tenants nobody was to know any more, since the last move began."""
         self._unwritten = False
         self._events: list[m.CoordinatorEvent] = []
         self._published = 0
@@ -142,6 +144,7 @@ class SimNva:
             self.authority.host_seen(host_record(name))
         options = Options(checkpoints=checkpoints, addresses=self.former.wish())
         self.move = move
+        self.called_dead.clear()
         self.record = at_once(self.authority.begin_move(move, VM, new, options, cold=cold))
         self.step(m.Start())
         self._tick(self.life)
@@ -379,6 +382,7 @@ class SimNva:
         self._keep(host)
         self.step(m.Lost(nve=host.name, dead=dead))
         if dead:
+            self.called_dead.add(host.name)
             self.subscribers.changed()
 
     def _keep(self, host: SimHost) -> None:
