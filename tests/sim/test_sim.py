@@ -11,12 +11,15 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from overland.mobility import messages as m
-from overland.model.cluster import Vm, VmState
+from overland.model.cluster import Interface, Vm, VmState
 from overland.model.handover import OLD_NVE_ACTION, Handover, Phase
-from overland.nva import handovers
+from overland.model.readdress import Readdress
+from overland.nva import cluster, handovers
+from overland.nva.authority import Authority
 from overland.sim import nva, run
 from overland.sim.cold import SimHypervisor
 from overland.sim.faults import Plan
@@ -60,6 +63,47 @@ def test_seeds_that_once_found_something(seed: int, moves: int, mode: run.Mode) 
 def test_a_warm_move_ends_and_mirroring_with_it_whatever_fails() -> None:
     """R-11: nothing is taken after the end, and a checkpoint stays only when the VM is lost."""
     assert run.first_failing(0, 3000, 2, "warm") is None
+
+
+@pytest.mark.req("R-25")
+@pytest.mark.timeout(300)
+def test_a_change_of_address_is_whole_whatever_fails() -> None:
+    """Both are known to every NVE of an open move; then one is left, and the record says when."""
+    assert run.first_failing(0, 1000, 3, "readdress") is None
+
+
+def nothing_beside(interface: Interface, open_one: Readdress | None) -> tuple[()]:
+    del interface, open_one
+    return ()
+
+
+async def forgets(self: Authority, move_id: str) -> bool:
+    """Says that it has given up what it has not."""
+    del self, move_id
+    return True
+
+
+async def commits_it_only(self: Authority, record: Handover) -> None:
+    """The place, and not the addresses."""
+    await COMMIT(self, msgspec.structs.replace(record, readdress=None))
+
+
+COMMIT = Authority.commit
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "planted"),
+    [
+        (cluster, "beside", nothing_beside),
+        (Authority, "give_up", forgets),
+        (Authority, "commit", commits_it_only),
+    ],
+)
+def test_a_bug_planted_in_a_change_of_address_is_found(
+    where: Any, name: str, planted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(where, name, planted)
+    assert run.first_failing(0, 50, 3, "readdress") is not None
 
 
 @pytest.mark.req("R-33")

@@ -26,7 +26,9 @@ CHUNK = 250
 def sim(
     seeds: Annotated[str, typer.Option(help="FROM:TO; FROM included, TO not")] = "0:1000",
     moves: Annotated[int, typer.Option(help="moves in a row under each seed")] = 3,
-    mode: Annotated[Mode, typer.Option(help="how the VM moves")] = "hot",
+    mode: Annotated[
+        Mode, typer.Option(help="how the VM moves; readdress: in any way, and to another address")
+    ] = "hot",
     jobs: Annotated[int, typer.Option(help="processes at once; 0: one a processor")] = 0,
     output: Output = Format.table,
 ) -> None:

@@ -37,9 +37,12 @@ class Agenda:
         return 0.0005 + 0.002 * r if r < 0.97 else r * 0.3
 
     def until(self, end_s: float) -> Iterator[None]:
-        """Do what is due, one after the other; the caller looks at the world after each."""
+        """Do what is due before `end_s`, one after the other; the caller looks after each.
+
+        What is due later stays: an address may be kept for longer than a move is looked at.
+        """
         due = self._due
-        while due and self.now_s < end_s:
+        while due and due[0][0] < end_s:
             self.now_s, _, work, args = heappop(due)
             work(*args)
             yield

@@ -9,11 +9,15 @@ from typing import Any, TypeVar
 import msgspec
 
 from overland.model.cluster import Endpoint, Host, Interface, Network, Vm
+from overland.model.eligibility import Eligibility, Registration, Signed
 from overland.model.names import bridge_name, port_name, vxlan_name
 from overland.ports import Put
 
 NAMES = ("h1", "h2", "h3", "h4")
 VM, MAC = "web", "02:00:00:00:00:01"
+ADDRESSES = ("10.0.0.1", "10.0.0.2", "10.0.0.3")
+"""Those that the VM may have."""
+
 NETWORK, VNI = "n", 1
 BRIDGE, DEVICE, PORT = bridge_name(VNI), vxlan_name(VNI), port_name(VM, 0)
 T = TypeVar("T")
@@ -56,10 +60,13 @@ def host_record(name: str) -> Host:
 @cache
 def founded() -> tuple[Put, ...]:
     """The records that are there before the first move."""
-    face = Interface(network=NETWORK, mac=MAC, ipv4="10.0.0.1")
-    records: dict[str, Network | Host | Vm | Endpoint] = {
+    face = Interface(network=NETWORK, mac=MAC, ipv4=ADDRESSES[0])
+    signed = Signed(statement=b"", signature=b"", certificate=b"")
+    registration = Registration(origin="owner:alice", at_ns=1, signed=signed)
+    records: dict[str, Network | Host | Vm | Endpoint | Eligibility] = {
         f"network/{NETWORK}": Network(name=NETWORK, vni=VNI),
         f"vm/{VM}": Vm(name=VM, host="h1", state="running", interfaces=(face,)),
+        f"eligibility/{VM}": Eligibility(vm=VM, registration=registration),
     }
     for name in NAMES:
         tenant = Interface(network=NETWORK, mac=f"02:00:00:00:01:0{name[1:]}")

@@ -28,6 +28,8 @@ class Plan:
     checkpoints: int = 0
     cold: VmState | None = None
     """What a VM that moves cold does before; None: it moves hot, or warm with checkpoints."""
+    keep_s: float | None = None
+    """How long the old address is kept after a move that changes it; None: it stays."""
 
     @property
     def undisturbed(self) -> bool:

@@ -69,6 +69,7 @@ def verdict(world: World, move: str) -> Handover:
         _check_nothing_left(world, host, vm, record)
         _check_states(world, host, vm, record)
     _check_told(world, vm, record)
+    world.nva.former.verdict(record)
     _check_converged(world)
     return record
 

@@ -37,6 +37,7 @@ from overland.ports import Conflict, StoreFailure
 from overland.sim.agenda import Args
 from overland.sim.cold import has_vm
 from overland.sim.domain import NAMES, VM, at_once, founded, host_record
+from overland.sim.former import FormerAddresses
 from overland.sim.kernel import Failures
 from overland.sim.subscribers import Subscribers
 from overland.store.memory import MemoryStore
@@ -65,9 +66,12 @@ class SimNva:
         """The open move."""
         self.move = ""
         """The last move that was begun."""
+        self.called_dead: set[str] = set()
+        """Hosts whose tenants nobody was to know any more, since the last move began."""
         self._unwritten = False
         self._events: list[m.CoordinatorEvent] = []
         self._published = 0
+        self.former = FormerAddresses(world, self)
         self._load(1)
         self.subscribers.found()
 
@@ -109,12 +113,13 @@ class SimNva:
         self._published = self._version if self.record is None else 0
         self.step(m.Start())
         self._tick(self.life)
+        self.former.look()
 
     def _in_this_life(self, life: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
         if self.alive and life == self.life:
             work(*args)
 
-    def _later(self, seconds: float, work: Callable[[*Args], None], *args: *Args) -> None:
+    def later(self, seconds: float, work: Callable[[*Args], None], *args: *Args) -> None:
         """Do `work` unless the NVA dies before."""
         self._agenda.later(seconds, self._in_this_life, self.life, work, args)
 
@@ -137,8 +142,9 @@ class SimNva:
         """As an operator's wish does it: all hosts are there, and the VM must be free."""
         for name in NAMES:
             self.authority.host_seen(host_record(name))
-        options = Options(checkpoints=checkpoints)
+        options = Options(checkpoints=checkpoints, addresses=self.former.wish())
         self.move = move
+        self.called_dead.clear()
         self.record = at_once(self.authority.begin_move(move, VM, new, options, cold=cold))
         self.step(m.Start())
         self._tick(self.life)
@@ -169,6 +175,7 @@ class SimNva:
         assert self.record is not None
         if after.phase != self.record.phase:
             self._world.note("nva", self.record.phase, "->", after.phase)
+            self.former.check(after)
         self.record = after
         self._perform(effects)
         hot = after.mode != "cold"
@@ -179,6 +186,7 @@ class SimNva:
 
     def _ended(self, record: Handover) -> None:
         self.record = None
+        self.former.begun(record)
         for nve, order in farewells(record, self.vm()):
             self._tell(nve, order)
         if record.mode == "cold" and self.vm().state != "shutdown":
@@ -207,7 +215,7 @@ class SimNva:
             marked = decided and marking(after) != marking(before)
             if after.phase in ENDED or marked or begins_to_close(before, after):
                 self._unwritten = True
-                self._later(RETRY_S, self._write_again, after, effects)
+                self.later(RETRY_S, self._write_again, after, effects)
             elif not decided:
                 return self._decided(before, m.Abort(why=str(failure)))
         return after, effects
@@ -235,6 +243,7 @@ class SimNva:
         self._world.note("nva", self.record.phase, "->", after.phase)
         self.record = after
         self._look()
+        self.former.begun(after)  # with the commit a move of a VM at rest has ended
         self._perform(effects)
 
     def _publish(self) -> None:
@@ -322,7 +331,7 @@ class SimNva:
     def _vm_state(self, state: VmState) -> None:
         """Written as soon as the store takes it."""
         if self.store_full:
-            self._later(RETRY_S, self._vm_state, state)
+            self.later(RETRY_S, self._vm_state, state)
             return
         at_once(self.authority.vm_state(VM, state))
         alive = self.authority.is_alive(VM, state)
@@ -335,7 +344,7 @@ class SimNva:
     def hello(self, host: SimHost) -> None:
         """NVE `host` is there (again)."""
         if self.authority.host_seen(host_record(host.name)):
-            self._later(MEMBERS_DELAY_S, self.subscribers.changed)
+            self.later(MEMBERS_DELAY_S, self.subscribers.changed)
         self._keep(host)
         self.subscribers.connected(host, dict(host.agent.revisions.newest))
         moves = [host.part.move] if host.part is not None else []
@@ -373,6 +382,7 @@ class SimNva:
         self._keep(host)
         self.step(m.Lost(nve=host.name, dead=dead))
         if dead:
+            self.called_dead.add(host.name)
             self.subscribers.changed()
 
     def _keep(self, host: SimHost) -> None:

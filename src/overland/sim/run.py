@@ -17,7 +17,12 @@ from overland.sim.world import World
 DISKS = ("store", "disk")
 """The NVA's disk is full, or that of an NVE."""
 
-Mode = Literal["hot", "warm", "cold"]
+Mode = Literal["hot", "warm", "cold", "readdress"]
+"""`readdress`: any of the others, the same all along, and each move changes the VM's address."""
+
+WAYS: tuple[Mode, ...] = ("hot", "hot", "warm", "cold")
+"""How a VM moves whose address is changed."""
+
 COLD_FROM: tuple[VmState, ...] = ("running", "running", "paused", "suspended", "shutdown")
 """What a VM does before it moves cold."""
 
@@ -57,6 +62,11 @@ def in_mode(plan: Plan, mode: Mode, rng: random.Random) -> Plan:
     return plan
 
 
+def to_another_address(plan: Plan, rng: random.Random) -> Plan:
+    """The same move, which also changes the VM's address; the old one may outlast it."""
+    return replace(plan, keep_s=rng.choice((0.0, 1.0, 5.0, 1000.0)))
+
+
 def with_full_disk(plan: Plan, rng: random.Random) -> Plan:
     """In every third move a disk is full for a while. Drawn apart: seeds stay what they were."""
     if rng.randrange(3):
@@ -84,6 +94,9 @@ def drawn(seed: int, moves: int, mode: Mode) -> tuple[int, Iterator[Plan]]:
     if mode == "hot":
         return chance, plans
     modes = random.Random(f"modes {seed}")
+    if mode == "readdress":
+        way = modes.choice(WAYS)
+        return chance, (to_another_address(in_mode(plan, way, modes), modes) for plan in plans)
     return chance, (in_mode(plan, mode, modes) for plan in plans)
 
 
