@@ -198,9 +198,14 @@ def restart_new(lab: Lab, old: str, new: str) -> None:
     run("migration", "abort", ok("vm", "show", "db", "-o", "json")["move"])
 
 
+def wide(fault: Any) -> Any:
+    """A fault that is tried by `scripts/test -m wide` only."""
+    return pytest.param(fault, marks=pytest.mark.wide)
+
+
 @pytest.mark.req("R-14")
 @pytest.mark.req("R-53")
-@pytest.mark.parametrize("fault", [cut, kill_new, restart_old, restart_new])
+@pytest.mark.parametrize("fault", [cut, kill_new, restart_old, wide(restart_new)])
 def test_a_fault_while_a_disk_is_copied_leaves_the_vm_writing_where_it_was(
     lab: Lab, fault: Callable[[Lab, str, str], None]
 ) -> None:
@@ -238,7 +243,7 @@ def just_restart_new(lab: Lab, old: str, new: str) -> None:
 
 @pytest.mark.req("R-14")
 @pytest.mark.req("R-53")
-@pytest.mark.parametrize("fault", [cut, abort, restart_old, just_restart_new])
+@pytest.mark.parametrize("fault", [cut, abort, wide(restart_old), just_restart_new])
 def test_a_fault_while_a_disk_is_carried_leaves_one_whole_disk(
     lab: Lab, fault: Callable[[Lab, str, str], None]
 ) -> None:
@@ -286,7 +291,7 @@ def came_home_from_a_full_host(move: str, full: str) -> None:
 
 
 @pytest.mark.req("R-55")
-@pytest.mark.parametrize("part", [0.1, 0.9])
+@pytest.mark.parametrize("part", [wide(0.1), 0.9])
 def test_a_host_that_fills_up_while_a_disk_is_copied_takes_nothing(
     lab: Lab, small: str, part: float
 ) -> None:
@@ -392,11 +397,6 @@ def test_a_qcow2_image_goes_along_as_one(lab: Lab) -> None:
 
 
 # ---------------------------------------------------------------- disks that stay behind
-
-
-def wide(who: str) -> Any:
-    """A fault that is tried by `scripts/test -m wide` only."""
-    return pytest.param(who, marks=pytest.mark.wide)
 
 
 def image_at() -> str:
