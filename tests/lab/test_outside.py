@@ -82,7 +82,7 @@ def test_the_gateways_nve_holds_the_mapping_and_is_told_of_every_move(lab: None)
         receipt = migrated(to)
         assert receipt["tunnel_close_reason"] == "all peers acknowledged"
         peers = receipt["peers"]
-        assert (peers["subscribed"], peers["steered_before_resume"]) == (2, 1)
+        assert (peers["subscribed"], peers["acknowledged"]) == (2, 2)
         known = at(f"ovl-{LAB}-h2", "bridge", "fdb", "show", "dev", "ovx77").stdout
         assert f"{mac} dst 10.200.0.{to[1]}" in known
 
