@@ -166,8 +166,8 @@ def came_home(move: str, old: str, new: str) -> None:
 
 
 def nothing_left(host: str) -> None:
-    """Of an image that is not the VM's own, or of a state."""
-    wait_for(lambda: list(disks(host).iterdir()) == [])
+    """Of the image of VM db, whole or in part, or of a state; other VMs may have images there."""
+    wait_for(lambda: list(disks(host).glob("*data.raw*")) == [])
     run_dir = LABS / LAB / "run" / host
     assert not [*run_dir.glob("images/*"), *run_dir.glob("taken/*"), *run_dir.glob("suspended/*")]
 
